@@ -1,0 +1,132 @@
+"""From positions to what a loader has to decode: bytes read and checked, views drawn and chosen."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import InputError, SampleError
+from data_pipeline.order import SampleOrder
+from data_pipeline.reader import SampleReader
+from data_pipeline.sample import IGNORE, UInt8, decode_grey
+from data_pipeline.views import View, ViewConfig, choose_window, draw_views
+
+MAX_SUBSTITUTES = 16
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FetchedSample:
+    """One sample, its image still encoded.
+
+    Attributes:
+        image: encoded bytes, uint8 [n].
+        mask: uint8 [H, W], proposal ids.
+        views: query and key view, each with exactly one window: the chosen one.
+        valid: for each view, whether the mask's coverage of its window is valid.
+        sample_id: number of the sample in its data set.
+        name: shard and key, for messages.
+    """
+
+    image: UInt8
+    mask: UInt8
+    views: tuple[View, View]
+    valid: tuple[bool, bool]
+    sample_id: int
+    name: str
+
+    def view_mask(self, view: int) -> UInt8:
+        """The mask that view 0 or 1 is to be cropped from: ignored as a whole if not valid."""
+        return self.mask if self.valid[view] else np.full_like(self.mask, IGNORE)
+
+
+class Fetcher:
+    """Fetches samples by position, several at a time; bad ones are replaced and counted.
+
+    Args:
+        reader: of the shards.
+        order: of the samples.
+        config: of the views.
+        threads: samples read and decoded at a time.
+
+    Attributes:
+        bad_samples: reads that failed and were replaced.
+        invalid_views: views without a window of valid coverage.
+    """
+
+    def __init__(
+        self, reader: SampleReader, order: SampleOrder, config: ViewConfig, threads: int
+    ) -> None:
+        self.reader = reader
+        self.order = order
+        self.config = config
+        self.bad_samples = 0
+        self.invalid_views = 0
+        self._reported: set[str] = set()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
+
+    def fetch(self, positions: NDArray[np.int64]) -> list[FetchedSample]:
+        """The samples at these global positions.
+
+        Raises:
+            InputError: a sample and all its substitutes cannot be read.
+        """
+        shards, samples = self.order.locate(positions)
+        places = zip(positions.tolist(), shards.tolist(), samples.tolist(), strict=True)
+        fetched = list(self._pool.map(lambda place: self._fetch_one(*place), places))
+        self.invalid_views += sum(not valid for sample in fetched for valid in sample.valid)
+        return fetched
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _fetch_one(self, position: int, shard: int, sample: int) -> FetchedSample:
+        first_error: SampleError | None = None
+        for attempt, (place, number) in enumerate(self._places(position, shard, sample)):
+            try:
+                return self._load(position, place, number)
+            except SampleError as error:
+                first_error = first_error or error
+                self._report(error, attempt)
+        raise InputError(
+            f"position {position}: {first_error}, and {MAX_SUBSTITUTES} substitutes failed too; "
+            f"check the shards in {self.reader.index.manifest.root}"
+        )
+
+    def _places(self, position: int, shard: int, sample: int) -> Iterator[tuple[int, int]]:
+        yield shard, sample
+        for attempt in range(MAX_SUBSTITUTES):
+            yield self.order.substitute(position, attempt)
+
+    def _load(self, position: int, shard: int, sample: int) -> FetchedSample:
+        name = self.reader.describe(shard, sample)
+        raw = self.reader.read(shard, sample)
+        if raw.mask is None:
+            raise SampleError("mask", f"{name} has no mask")
+        mask = decode_grey(raw.mask, "mask")
+        height, width = self.reader.index.shard(shard).sizes[sample].tolist()
+        if mask.shape != (height, width):
+            raise SampleError("mask", f"{name}: the mask does not have its image's size")
+        epoch, offset = divmod(position, self.order.samples)
+        views, valid = [], []
+        for view in draw_views(self.order.seed, epoch, offset, height, width, self.config):
+            window, is_valid = choose_window(mask, view, self.config)
+            views.append(replace(view, windows=window[None]))
+            valid.append(is_valid)
+        return FetchedSample(
+            np.frombuffer(raw.image, np.uint8),
+            mask,
+            (views[0], views[1]),
+            (valid[0], valid[1]),
+            int(self.reader.index.starts[shard]) + sample,
+            name,
+        )
+
+    def _report(self, error: SampleError, attempt: int) -> None:
+        self.bad_samples += 1
+        if error.reason not in self._reported:
+            self._reported.add(error.reason)
+            log.warning("bad sample replaced: %s (attempt %d)", error, attempt)

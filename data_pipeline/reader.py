@@ -1,0 +1,84 @@
+"""Bytes of samples by number, checksum first."""
+
+import os
+import threading
+import zlib
+from collections import OrderedDict
+
+from data_pipeline.errors import SampleError
+from data_pipeline.index import DatasetIndex
+from data_pipeline.sample import LABEL, MASK, RawSample
+
+_OPEN_FILES_PER_THREAD = 32
+
+
+class SampleReader:
+    """Reads samples at known offsets with `pread`; safe to use from several threads.
+
+    Files are never mapped into memory, so one that is cut short is an error and no crash.
+    """
+
+    def __init__(self, index: DatasetIndex) -> None:
+        self.index = index
+        self._local = threading.local()  # descriptors belong to one thread: no closing under a read
+
+    def read(self, shard: int, sample: int, label: bool = False) -> RawSample:
+        """Image, mask (where there is one) and, if asked for, label of one sample.
+
+        Raises:
+            SampleError: a component cannot be read in full or fails its checksum.
+        """
+        image = self._component(shard, sample, "image")
+        if image is None:
+            raise SampleError("read", f"{self.describe(shard, sample)} has no image")
+        mask = self._component(shard, sample, MASK)
+        return RawSample(image, mask, self._component(shard, sample, LABEL) if label else None)
+
+    def describe(self, shard: int, sample: int) -> str:
+        """Shard file and key of a sample, for messages."""
+        name = self.index.manifest.shards[shard].name
+        return f"{name}:{self.index.shard(shard).keys[sample]}"
+
+    def _component(self, shard: int, sample: int, component: str) -> bytes | None:
+        extent = self.index.shard(shard).extent(sample, component)
+        if extent is None:
+            return None
+        offset, size, crc = extent
+        try:
+            data = os.pread(self._descriptor(shard), size, offset)
+        except OSError as error:
+            where = self.describe(shard, sample)
+            raise SampleError("read", f"{where}.{component}: {error.strerror}") from None
+        if len(data) != size:
+            where = self.describe(shard, sample)
+            raise SampleError("read", f"{where}.{component}: the shard is cut short")
+        if zlib.crc32(data) != crc:
+            where = self.describe(shard, sample)
+            raise SampleError("read", f"{where}.{component}: the checksum differs")
+        return data
+
+    def _descriptor(self, shard: int) -> int:
+        files: OrderedDict[int, _File] | None = getattr(self._local, "files", None)
+        if files is None:
+            files = self._local.files = OrderedDict()
+        file = files.get(shard)
+        if file is None:
+            file = _File(str(self.index.manifest.root / self.index.manifest.shards[shard].name))
+            files[shard] = file
+            if len(files) > _OPEN_FILES_PER_THREAD:
+                files.popitem(last=False)
+        else:
+            files.move_to_end(shard)
+        return file.descriptor
+
+
+class _File:
+    """A descriptor that is closed with its owner, also when the thread ends."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        descriptor = getattr(self, "descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)

@@ -1,0 +1,50 @@
+"""Generated scenes as a source: data for the demo and the tests that no one has to download."""
+
+import io
+from dataclasses import dataclass
+
+from PIL import Image
+
+from data_pipeline.errors import InputError
+from data_pipeline.sample import RawSample, encode_png
+from data_pipeline.sources.item import Listing
+from data_pipeline.sources.scenes import CLASSES, render_scene, scene_size
+
+
+@dataclass(frozen=True)
+class SceneItem:
+    """Scene `index` of the endless series that `seed` defines."""
+
+    seed: int
+    index: int
+    base_size: int
+
+    @property
+    def key(self) -> str:
+        return f"scene_{self.seed:03d}_{self.index:07d}"
+
+    @property
+    def source(self) -> str:
+        return f"scenes:{self.seed}:{self.index}"
+
+    def read(self) -> RawSample:
+        height, width = scene_size(self.seed, self.index, self.base_size)
+        scene = render_scene(self.seed, self.index, height, width)
+        image = io.BytesIO()
+        Image.fromarray(scene.image).save(image, "JPEG", quality=92)
+        return RawSample(image.getvalue(), encode_png(scene.mask), encode_png(scene.label))
+
+
+def list_scenes(count: int, seed: int, base_size: int) -> Listing:
+    """Lists `count` scenes of about `base_size` pixels a side.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+    if count < 1 or base_size < 16 or seed < 0:
+        raise InputError(
+            f"scenes: count {count}, size {base_size}, seed {seed}; "
+            "need a count of at least 1, a size of at least 16 and no negative seed"
+        )
+    items = [SceneItem(seed, index, base_size) for index in range(count)]
+    return Listing(items, (), CLASSES, {"source": "scenes", "seed": str(seed)})

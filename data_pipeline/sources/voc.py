@@ -1,0 +1,110 @@
+"""PASCAL VOC trees: the layout of the released MaskContrast archive, and the VOCdevkit's own.
+
+    released                          VOCdevkit/VOC2012
+    images/KEY.jpg                    JPEGImages/KEY.jpg
+    saliency_{un,}supervised_model/   (none: give a folder of masks, or build without)
+    SegmentationClassAug/KEY.png      SegmentationClassAug/ or SegmentationClass/
+    sets/SPLIT.txt                    ImageSets/Segmentation/SPLIT.txt
+"""
+
+from pathlib import Path
+
+from data_pipeline.errors import InputError
+from data_pipeline.sources.item import Failure, FileItem, Listing, unique_keys
+
+VOC_CLASSES = (
+    "background",
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa"),
+    *("train", "tv monitor"),
+)
+_IMAGES = ("images", "JPEGImages")
+_SETS = ("sets", "ImageSets/Segmentation")
+_LABELS = ("SegmentationClassAug", "SegmentationClass")
+
+
+def list_voc(root: Path, split: str, masks: str | None = None, labels: bool = True) -> Listing:
+    """Lists one split of a PASCAL tree.
+
+    Args:
+        root: the folder that holds `images/` or `JPEGImages/` (a VOCdevkit's top is accepted).
+        split: name of the list: trainaug, train, val, …
+        masks: folder of saliency masks, below `root` or a path of its own. `None` takes none.
+        labels: whether the labels become part of the shards.
+
+    Raises:
+        InputError: the tree, the list, or a folder asked for is missing.
+    """
+    root = _tree(root)
+    images = _first(root, _IMAGES, "images")
+    names = _read_list(_first(root, _SETS, "split lists"), split)
+    mask_folder = None if masks is None else _mask_folder(root, masks)
+    label_folder = _first(root, _LABELS, "labels") if labels else None
+    items, failures = [], []
+    for name in names:
+        image = images / f"{name}.jpg"
+        wanted = {
+            "image": image,
+            "mask": mask_folder and mask_folder / f"{name}.png",
+            "label": label_folder and label_folder / f"{name}.png",
+        }
+        missing = [kind for kind, path in wanted.items() if path and not path.is_file()]
+        source = f"{images.name}/{name}.jpg"
+        if missing:
+            reason = f"no {missing[0]}: {wanted[missing[0]]} is missing"
+            failures.append(Failure(name, source, "match", reason))
+        else:
+            items.append(FileItem(name, source, image, wanted["mask"], wanted["label"]))
+    unique, duplicates = unique_keys(items)
+    description = {"source": "voc", "split": split, "masks": masks or ""}
+    classes = _classes(root) if labels else ()
+    return Listing(unique, [*failures, *duplicates], classes, description)
+
+
+def _tree(root: Path) -> Path:
+    for candidate in (root, *sorted(root.glob("VOC20*")), *sorted(root.glob("VOCdevkit/VOC20*"))):
+        if any((candidate / name).is_dir() for name in _IMAGES):
+            return candidate
+    raise InputError(
+        f"{root} is no PASCAL tree: it has neither images/ nor JPEGImages/; "
+        "give --root the folder that holds one of them"
+    )
+
+
+def _first(root: Path, names: tuple[str, ...], what: str) -> Path:
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise InputError(f"{root} has no folder of {what}: looked for {', '.join(names)}")
+
+
+def _mask_folder(root: Path, masks: str) -> Path:
+    for folder in (root / masks, Path(masks)):
+        if folder.is_dir():
+            return folder
+    present = sorted(path.name for path in root.iterdir() if path.is_dir())
+    raise InputError(
+        f"no folder of masks {masks!r} below {root} (it has {', '.join(present)}); "
+        "give --masks one of these, or a path"
+    )
+
+
+def _read_list(folder: Path, split: str) -> list[str]:
+    file = folder / f"{split}.txt"
+    if "/" in split or not file.is_file():
+        present = ", ".join(sorted(path.stem for path in folder.glob("*.txt")))
+        raise InputError(f"no split {split!r} in {folder}; --split can be one of: {present}")
+    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    if not names:
+        raise InputError(f"{file} is empty; it should hold one image name a line")
+    wrong = [name for name in names if "/" in name or "\\" in name or name.startswith(".")]
+    if wrong:
+        raise InputError(f"{file} names {wrong[0]!r}, which is no plain image name")
+    return names
+
+
+def _classes(root: Path) -> tuple[str, ...]:
+    file = root / "classes.txt"
+    if not file.is_file():
+        return VOC_CLASSES
+    return tuple(line.strip() for line in file.read_text().splitlines() if line.strip())

@@ -1,0 +1,448 @@
+"""One self-contained HTML page about a finished run: numbers, pictures, curves, tables.
+
+Everything read from the run directory is untrusted text. The page is therefore written by an
+autoescaping template, and values that reach an attribute of the drawing are numbers made here.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_pipeline.errors import InputError
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float64]
+Metrics = list[dict[str, Any]]
+Evaluations = dict[str, dict[str, Any]]  # "kmeans-trained" and so on
+Examples = dict[str, dict[str, NDArray[Any]]]  # by network
+
+PROTOCOLS = {"kmeans": "K-means", "linear": "Linear classifier"}
+NETWORKS = ("trained", "initial")
+VOID = 255
+MAX_EXAMPLES = 12
+MAX_PICTURE = 224  # px; shown at most about 190 px wide, the rest is for dense screens
+MAX_CONFUSION = 30
+MAX_BINS = 120
+CHART = {"width": 360, "height": 190, "left": 44, "right": 10, "top": 14, "bottom": 24}
+
+# uint8 [256, 3]: proposals have no class, so they must not borrow a class's colour.
+PROPOSAL_PALETTE = np.resize(
+    np.array(
+        [[255, 120, 40], [255, 196, 0], [0, 190, 255], [255, 70, 160], [90, 230, 90]],
+        dtype=np.uint8,
+    ),
+    (256, 3),
+)
+
+# key in metrics.jsonl, title, what the reader sees in it, factor to the shown unit, unit
+CURVES = (
+    ("loss_contrastive", "Contrastive loss", "pixels against mask prototypes", 1.0, ""),
+    ("loss_saliency", "Saliency loss", "object against background", 1.0, ""),
+    ("accuracy", "Contrastive accuracy", "own mask ranked first", 100.0, "%"),
+    ("lr", "Learning rate", "schedule of the optimiser", 1.0, ""),
+    ("images_per_second", "Throughput", "training images a second", 1.0, ""),
+    ("data_wait", "Waiting for data", "share of the step time", 100.0, "%"),
+)
+
+
+def number(value: object) -> float | None:
+    """`value` as a finite float, None for anything else (missing, text, NaN)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # An int too long for a float is no more usable than an infinite one.
+    return float(value) if abs(value) < 1e300 else None
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`; None where the file is missing."""
+    if not path.is_file():
+        return None
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); write it again") from error
+    if not isinstance(payload, dict):
+        raise InputError(f"{path}: expected a JSON object; write the file again")
+    return payload
+
+
+def read_metrics(path: Path) -> tuple[Metrics, int]:
+    """Lines of metrics.jsonl by rising step, and how many lines were unreadable.
+
+    A killed run leaves a torn line, and a resumed one repeats steps: the later line counts.
+    """
+    if not path.is_file():
+        return [], 0
+    by_step: dict[float, dict[str, Any]] = {}
+    torn = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        step = number(entry.get("step")) if isinstance(entry, dict) else None
+        if step is None:
+            torn += 1
+        else:
+            by_step[step] = entry
+    return [by_step[step] for step in sorted(by_step)], torn
+
+
+def read_evaluation(run: Path, protocol: str, network: str) -> dict[str, Any] | None:
+    """RUN/evaluation/PROTOCOL-NETWORK.json, checked; None where it is missing.
+
+    IoU and accuracy are in percent; `confusion` becomes int64 [C, C], truth by prediction.
+    """
+    path = run / "evaluation" / f"{protocol}-{network}.json"
+    payload = read_json_object(path)
+    if payload is None:
+        return None
+    said = (payload.get("protocol", protocol), payload.get("network", network))
+    if said != (protocol, network):
+        raise InputError(f"{path}: holds {said[0]}-{said[1]}; evaluate {protocol}-{network} again")
+    scalars = ("step", "foreground_iou", "pixel_accuracy", "images", "seconds")
+    try:
+        miou, per_class = payload["miou"], payload["per_class"]
+        confusion = np.array(payload["confusion"], dtype=np.int64)
+        if confusion.shape != (len(per_class), len(per_class)):
+            raise ValueError(f"confusion is {confusion.shape} for {len(per_class)} classes")
+        return {name: number(payload.get(name)) for name in scalars} | {
+            "protocol": protocol,
+            "network": network,
+            "mean": number(miou["mean"]),
+            "std": number(miou.get("std")),
+            "values": [number(value) for value in miou.get("values") or []],
+            "classes": [str(entry["class"]) for entry in per_class],
+            "iou": [number(entry.get("iou")) for entry in per_class],
+            "pixels": [number(entry.get("pixels")) or 0.0 for entry in per_class],
+            "confusion": confusion,
+            "options": dict(payload.get("options") or {}),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(f"{path}: {error!r}; run this evaluation again") from error
+
+
+def read_examples(path: Path) -> dict[str, NDArray[Any]] | None:
+    """Arrays of an examples file, at most MAX_EXAMPLES of them; None where it is missing."""
+    if not path.is_file():
+        return None
+    wanted = {"image": 4, "embedding_rgb": 4, "mask": 3, "saliency": 3, "clusters": 3, "label": 3}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name][:MAX_EXAMPLES] for name in ("key", *wanted)}
+        square = arrays["image"].shape[:3]
+        for name, axes in wanted.items():
+            shape = square + ((3,) if axes == 4 else ())
+            kind = "f" if name == "saliency" else "u"
+            if arrays[name].shape != shape or arrays[name].dtype.kind != kind:
+                raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}")
+        if arrays["key"].shape != square[:1]:
+            raise ValueError(f"{arrays['key'].size} keys for {square[0]} images")
+    except (OSError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: {error}; write the examples again") from error
+    return arrays
+
+
+def class_palette(count: int) -> Bytes:
+    """Colours of PASCAL VOC, uint8 [count, 3]; the void id 255 is light grey.
+
+    The bits of an id are dealt to red, green, blue in turn, highest colour bit first, which
+    keeps neighbouring ids far apart.
+    """
+    ids = np.arange(count)
+    colours = np.zeros((count, 3), dtype=np.int64)
+    for shift in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((ids >> (3 * shift + channel)) & 1) << (7 - shift)
+    palette = colours.astype(np.uint8)
+    palette[VOID : VOID + 1] = 224
+    return palette
+
+
+def colour_segments(segments: Bytes, palette: Bytes | None = None) -> Bytes:
+    """Ids [H, W] painted with `palette` (by default the class colours), uint8 [H, W, 3]."""
+    colours: Bytes = (class_palette(256) if palette is None else palette)[segments]
+    return colours
+
+
+def overlay(
+    image: Bytes, segments: Bytes, palette: Bytes | None = None, alpha: float = 0.62
+) -> Bytes:
+    """`segments` [H, W] over `image` [H, W, 3]: tinted inside, outlined, background greyed.
+
+    Greying the background leaves the picture recognisable and makes even a dark class colour
+    stand out, which a tint alone does not.
+    """
+    colours = colour_segments(segments, palette).astype(np.float32)
+    photo = image.astype(np.float32)
+    inside = (segments != 0)[..., None]
+    grey = 0.55 * photo.mean(axis=-1, keepdims=True) + 0.45 * 128
+    mixed = np.where(inside, (1 - alpha) * photo + alpha * colours, grey)
+    solid = np.pad(np.where(segments == VOID, 0, segments), (0, 1), mode="edge")
+    mixed[(solid[:-1, 1:] != solid[:-1, :-1]) | (solid[1:, :-1] != solid[:-1, :-1])] = 255
+    painted: Bytes = np.clip(mixed.round(), 0, 255).astype(np.uint8)
+    return painted
+
+
+def png_data_uri(picture: Bytes, colours: int | None = None) -> str:
+    """`picture` [H, W] or [H, W, 3] as a PNG data URI, reduced to MAX_PICTURE pixels.
+
+    `colours` allows that many only: an overlay looks the same and takes a third of the bytes.
+    """
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    image.thumbnail((MAX_PICTURE, MAX_PICTURE), Image.Resampling.LANCZOS)
+    if colours is not None:
+        image = image.quantize(colours, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def example_rows(examples: Examples, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry a picture; what each network predicts for it is found by its key."""
+    rows: dict[str, dict[str, Any]] = {}
+    for network, arrays in examples.items():
+        for i, key in enumerate(map(str, arrays["key"])):
+            image, mask = arrays["image"][i], arrays["mask"][i]
+            label, clusters = arrays["label"][i], arrays["clusters"][i]
+            if key not in rows:
+                rows[key] = {
+                    "key": key,
+                    "image": png_data_uri(image),
+                    "mask": png_data_uri(overlay(image, mask, PROPOSAL_PALETTE, 0.45), 128),
+                    "proposals": len(np.unique(mask[mask != 0])),
+                    "truth": png_data_uri(overlay(image, label), 128),
+                    "classes": names_of(label, classes),
+                    "predictions": {},
+                }
+            saliency = np.clip(np.nan_to_num(arrays["saliency"][i]), 0, 1) * 255
+            rows[key]["predictions"][network] = {
+                "saliency": png_data_uri(saliency.round().astype(np.uint8)),
+                "clusters": png_data_uri(overlay(image, clusters), 128),
+                "embedding": png_data_uri(arrays["embedding_rgb"][i]),
+                "classes": names_of(clusters, classes),
+            }
+    return list(rows.values())[:MAX_EXAMPLES]
+
+
+def class_name(index: int, classes: Sequence[str]) -> str:
+    """Name of a class id, its number where no evaluation names it."""
+    return classes[index] if index < len(classes) else f"class {index}"
+
+
+def names_of(segments: Bytes, classes: Sequence[str]) -> str:
+    """Names of the objects in `segments` [H, W], for the text that stands for a picture."""
+    ids = sorted({int(i) for i in np.unique(segments)} - {0, VOID})
+    return ", ".join(class_name(i, classes) for i in ids) or "background only"
+
+
+def css_colour(index: int) -> str:
+    """Class colour as CSS text."""
+    red, green, blue = class_palette(256)[index % 256].tolist()
+    return f"rgb({red} {green} {blue})"
+
+
+def legend(examples: Examples, classes: Sequence[str]) -> list[dict[str, str]]:
+    """Colour and name of every class seen in the pictures; void last."""
+    drawn = [arrays[name] for arrays in examples.values() for name in ("clusters", "label")]
+    seen = {int(i) for segments in drawn for i in np.unique(segments)} - {0}
+    return [
+        {"colour": css_colour(i), "name": "void" if i == VOID else class_name(i, classes)}
+        for i in sorted(seen)
+    ]
+
+
+def compact(value: float) -> str:
+    """Short number for an axis: 2.5, 400, 12k, 1e-05."""
+    for size, suffix in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as the two largest units: 2 h 05 min, 3 min 20 s, 12 s."""
+    if seconds is None:
+        return "not recorded"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {left:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round values a constant step apart that cover low..high."""
+    if high <= low:
+        margin = abs(low) * 0.1 or 1.0
+        low, high = low - margin, high + margin
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def path_data(xs: Floats, ys: Floats) -> str:
+    """SVG path through the points."""
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys, strict=True))
+
+
+def chart(entries: Metrics, curve: tuple[str, str, str, float, str]) -> dict[str, Any]:
+    """A curve in units of the SVG view box: bin means as a line, ranges as a band behind it."""
+    key, title, note, factor, unit = curve
+    pairs = [(entry["step"], number(entry[key])) for entry in entries if key in entry]
+    points = np.array([(s, v * factor) for s, v in pairs if v is not None], dtype=np.float64)
+    result = {"title": title, "note": note, "skipped": len(pairs) - len(points), "latest": ""}
+    if not len(points):
+        return result
+    bins = np.array_split(points, min(len(points), MAX_BINS))
+    steps, means = np.array([b.mean(axis=0) for b in bins]).T
+    lows, highs = np.array([[b[:, 1].min(), b[:, 1].max()] for b in bins]).T
+    low, high = float(lows.min()), float(highs.max())
+    ticks = nice_ticks(0.0 if 0 <= low < 0.6 * high else low, high)
+    first, last = float(points[0, 0]), float(points[-1, 0])
+    start = 0.0 if 0 <= first < 0.3 * last else first
+    stop = last if last > start else start + 1
+    right, base = CHART["width"] - CHART["right"], CHART["height"] - CHART["bottom"]
+
+    def across(step: Floats) -> Floats:
+        return CHART["left"] + (step - start) / (stop - start) * (right - CHART["left"])
+
+    def up(value: Floats) -> Floats:
+        return base - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (base - CHART["top"])
+
+    xs, ys = across(steps), up(means)
+    cuts = np.concatenate([[CHART["left"]], (xs[1:] + xs[:-1]) / 2, [right]])
+    around = np.concatenate([xs, xs[::-1]]), np.concatenate([up(highs), up(lows)[::-1]])
+    x_ticks = np.array([tick for tick in nice_ticks(start, stop) if start <= tick <= stop])
+    y_ticks = np.array(ticks)
+    return result | {
+        "latest": compact(float(points[-1, 1])) + unit,
+        "line": path_data(xs, ys),
+        "band": path_data(*around) + "Z" if len(points) > len(bins) else "",
+        "end": (xs[-1], ys[-1]),
+        "x_ticks": [(x, compact(t)) for x, t in zip(across(x_ticks), x_ticks, strict=True)],
+        "y_ticks": [(y, compact(t) + unit) for y, t in zip(up(y_ticks), y_ticks, strict=True)],
+        "hits": [
+            {"x": x, "y": y, "left": a, "width": b - a, "text": f"{compact(v)}{unit} at {s:,.0f}"}
+            for x, y, a, b, v, s in zip(xs, ys, cuts, cuts[1:], means, steps, strict=False)
+        ],
+    }
+
+
+def class_rows(evaluations: Evaluations) -> list[dict[str, Any]]:
+    """IoU of every class under every evaluation, best under the first of them on top."""
+    if not evaluations:
+        return []
+    first = next(iter(evaluations.values()))
+    scores = [(n, dict(zip(e["classes"], e["iou"], strict=True))) for n, e in evaluations.items()]
+    total = sum(first["pixels"]) or 1.0
+    iou = first["iou"]
+    order = sorted(range(len(iou)), key=lambda i: (iou[i] is None, -(iou[i] or 0.0)))
+    return [
+        {
+            "name": first["classes"][i],
+            "colour": css_colour(i),
+            "share": 100 * first["pixels"][i] / total,
+            "iou": {name: by_class.get(first["classes"][i]) for name, by_class in scores},
+        }
+        for i in order
+    ]
+
+
+def confusion_grid(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Row shares (percent) of the confusion matrix, of the MAX_CONFUSION largest classes."""
+    counts = evaluation["confusion"]
+    totals = counts.sum(axis=1)
+    kept = np.sort(np.argsort(-totals, kind="stable")[:MAX_CONFUSION])
+    shares = (100 * counts / np.maximum(totals, 1)[:, None])[np.ix_(kept, kept)]
+    names = [evaluation["classes"][i] for i in kept]
+    cells = [(row, column, shares[row, column]) for row, column in np.argwhere(shares >= 0.05)]
+    wrong = sorted((cell for cell in cells if cell[0] != cell[1]), key=lambda cell: -cell[2])
+    return {
+        "evaluation": evaluation,
+        "names": names,
+        "cells": cells,
+        "mistakes": [(names[row], names[column], share) for row, column, share in wrong[:5]],
+        "hidden": len(evaluation["classes"]) - len(names),
+    }
+
+
+def training_summary(entries: Metrics) -> dict[str, float | None]:
+    """Latest and median values of the metrics, None where never logged."""
+    summary: dict[str, float | None] = {}
+    for key in ("step", "epoch", "loss", "seconds", "images_per_second", "data_wait", "memory_mb"):
+        values = [v for v in (number(entry.get(key)) for entry in entries) if v is not None]
+        summary[f"last_{key}"] = values[-1] if values else None
+        summary[f"median_{key}"] = float(np.median(values)) if values else None
+    return summary
+
+
+def page_context(run: Path) -> dict[str, Any]:
+    """All the template shows, from the files of `run`."""
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise InputError(f"{run}: no config.yaml, so not a run; give the directory of a run")
+    entries, torn = read_metrics(run / "metrics.jsonl")
+    found = {f"{p}-{n}": read_evaluation(run, p, n) for n in NETWORKS for p in PROTOCOLS}
+    evaluations = {name: value for name, value in found.items() if value is not None}
+    loaded = {n: read_examples(run / "evaluation" / f"examples-{n}.npz") for n in NETWORKS}
+    examples = {network: arrays for network, arrays in loaded.items() if arrays is not None}
+    classes = next(iter(evaluations.values()))["classes"] if evaluations else []
+    shown = [found[f"{p}-trained"] or found[f"{p}-initial"] for p in PROTOCOLS]
+    return {
+        "name": run.resolve().name,
+        "environment": read_json_object(run / "environment.json") or {},
+        "config": config.read_text(encoding="utf-8", errors="replace"),
+        "training": training_summary(entries),
+        "networks": list(examples),
+        "examples": example_rows(examples, classes),
+        "legend": legend(examples, classes),
+        "charts": [chart(entries, curve) for curve in CURVES] if entries else [],
+        "torn": torn,
+        "evaluations": evaluations,
+        "protocols": PROTOCOLS,
+        "classes": class_rows(evaluations),
+        "confusions": [confusion_grid(evaluation) for evaluation in shown if evaluation],
+        "frame": CHART,
+    }
+
+
+def write_report(run: Path, output: Path | None = None) -> Path:
+    """Write the page about the run directory `run` (RUN/report.html unless `output` is given).
+
+    A reader never sees half a page: it is written beside its place and then moved there.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["duration"] = duration
+    source = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
+    page = environment.from_string(source).render(page_context(run))
+    target = run / "report.html" if output is None else output
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        # JSON text may hold lone surrogates, which have no UTF-8.
+        partial.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
