@@ -435,7 +435,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     )
     environment.filters["duration"] = duration
     source = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(page_context(run))
+    page = environment.from_string(source).render(page_context(run)).lstrip()
     target = run / "report.html" if output is None else output
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")

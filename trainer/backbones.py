@@ -1,0 +1,100 @@
+"""Backbones with dense features: torchvision's ResNets at output stride 8, and one for CPUs."""
+
+from collections.abc import Callable
+
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+BACKBONES = ("small", *RESNETS)
+STAGES = {
+    "small": ("stem", "layer1", "layer2", "layer3"),
+    **{name: ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4") for name in RESNETS},
+}
+
+
+def build_backbone(name: str) -> tuple[nn.Module, int]:
+    """A backbone from images [B, 3, H, W] to features [B, C, H/stride, W/stride], and C.
+
+    ResNets keep torchvision's parameter names and have stride 8: layer3 and layer4 are dilated
+    (Chen et al., DeepLabV3, 2017). `small` has stride 4 and 0.8 M parameters.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "small":
+        return SmallBackbone(), SmallBackbone.channels
+    if name not in RESNETS:
+        raise ValueError(f"unknown backbone {name!r}; it can be {', '.join(BACKBONES)}")
+    make: Callable[..., ResNet] = getattr(torchvision.models, name)
+    if name in ("resnet18", "resnet34"):
+        resnet = make(weights=None)
+        # torchvision refuses to dilate basic blocks, so it is done after the fact
+        dilate_stage(resnet.layer3, 2)
+        dilate_stage(resnet.layer4, 4)
+        return DenseResNet(resnet), 512
+    return DenseResNet(make(weights=None, replace_stride_with_dilation=[False, True, True])), 2048
+
+
+class DenseResNet(nn.Module):
+    """A ResNet without pooling and classifier, parameters named as torchvision names them."""
+
+    def __init__(self, resnet: ResNet) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = resnet.conv1, resnet.bn1
+        self.relu, self.maxpool = resnet.relu, resnet.maxpool
+        self.layer1, self.layer2 = resnet.layer1, resnet.layer2
+        self.layer3, self.layer4 = resnet.layer3, resnet.layer4
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return features
+
+
+class SmallBackbone(nn.Module):
+    """Four basic blocks at stride 4, dilated 1, 1, 2, 4: sees about 100 pixels, runs on a laptop."""
+
+    channels = 128
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()
+        )
+        self.layer1 = nn.Sequential(_basic_block(32, 64, stride=2))
+        self.layer2 = nn.Sequential(_basic_block(64, 128), _basic_block(128, 128))
+        self.layer3 = nn.Sequential(_basic_block(128, 128))
+        dilate_stage(self.layer2, 2)
+        dilate_stage(self.layer3, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.layer3(self.layer2(self.layer1(self.stem(images))))
+        return features
+
+
+def dilate_stage(stage: nn.Sequential, dilation: int) -> None:
+    """Trades a stage's stride for dilation, as torchvision does for bottlenecks.
+
+    The first 3×3 of the stage gets half the dilation, all others the whole.
+    """
+    for number, block in enumerate(stage):
+        assert isinstance(block, BasicBlock | Bottleneck)
+        if block.downsample is not None:
+            block.downsample[0].stride = (1, 1)
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                first = number == 0 and name == "conv1"
+                rate = dilation // 2 if first else dilation
+                module.stride, module.dilation, module.padding = (1, 1), (rate, rate), (rate, rate)
+
+
+def _basic_block(in_channels: int, channels: int, stride: int = 1) -> BasicBlock:
+    downsample = None
+    if stride != 1 or in_channels != channels:
+        downsample = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+    return BasicBlock(in_channels, channels, stride, downsample)

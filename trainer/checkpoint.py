@@ -1,0 +1,91 @@
+"""Checkpoints that are either complete or ignored, and never unpickle what strangers wrote."""
+
+import os
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.errors import InputError
+from data_pipeline.files import sync_directory
+
+COMPLETE = "COMPLETE"
+_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+
+    def load(self, name: str) -> Any:
+        """One part, such as `model`, on the CPU; tensors and plain values only.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        file = self.path / f"{name}.pt"
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise InputError(
+                f"{file} cannot be read ({reason}); delete {self.path} to go on from the one before"
+            ) from None
+
+
+def save_checkpoint(run: Path, step: int, parts: dict[str, Any], keep: int) -> Checkpoint:
+    """Writes `parts` aside, syncs, renames and marks complete; then drops all but `keep` newest.
+
+    Raises:
+        OSError: as on a full disk; what was there before is untouched.
+    """
+    folder = run / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        for name, value in parts.items():
+            with (temporary / f"{name}.pt").open("wb") as file:
+                torch.save(value, file)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_directory(temporary)
+        if final.exists():  # an earlier one that was never marked complete
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        sync_directory(folder)
+        (final / COMPLETE).touch()
+        sync_directory(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    complete = complete_checkpoints(run)
+    for old in complete[:-keep]:
+        # unmark first: one that is half deleted must not look complete
+        (old.path / COMPLETE).unlink()
+        shutil.rmtree(old.path)
+    return complete[-1]
+
+
+def complete_checkpoints(run: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a run directory, oldest first."""
+    found = []
+    for marker in (run / _FOLDER).glob(f"step-*/{COMPLETE}"):
+        number = marker.parent.name.removeprefix("step-")
+        if number.isdigit():
+            found.append(Checkpoint(marker.parent, int(number)))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def newest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a run directory."""
+    complete = complete_checkpoints(run)
+    return complete[-1] if complete else None

@@ -1,0 +1,253 @@
+"""The configuration: frozen dataclasses that check themselves, merged by OmegaConf."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_pipeline.errors import InputError
+from data_pipeline.views import ViewConfig
+from trainer.model import ModelConfig
+from trainer.objective import LossConfig
+from trainer.schedule import OptimConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where batches come from.
+
+    Attributes:
+        shards: folder of the training shards.
+        batch_size: images a step over all ranks and micro-batches.
+        loader: auto (DALI where it is installed), dali, or torch.
+        threads: a rank, for reading and for decoding; 0 takes the rank's share of the cores.
+        prefetch: batches kept ready.
+        window: shards whose samples are mixed.
+    """
+
+    shards: str = ""
+    batch_size: int = 64
+    loader: str = "auto"
+    threads: int = 0
+    prefetch: int = 2
+    window: int = 8
+
+    def __post_init__(self) -> None:
+        if self.loader not in ("auto", "dali", "torch"):
+            raise InputError(f"data.loader is {self.loader!r}; it can be auto, dali or torch")
+        if min(self.batch_size, self.prefetch, self.window) < 1 or self.threads < 0:
+            raise InputError(
+                "data.batch_size, data.prefetch and data.window must be at least 1, "
+                "data.threads not negative"
+            )
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """The memory bank.
+
+    Attributes:
+        capacity: prototypes over all ranks; 0 trains against the batch alone.
+    """
+
+    capacity: int = 128
+
+    def __post_init__(self) -> None:
+        if self.capacity < 0:
+            raise InputError(f"bank.capacity is {self.capacity}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run.
+
+    Attributes:
+        directory: of the run: configuration, metrics, checkpoints; training goes on where it is.
+        epochs: how long; used when steps is 0.
+        steps: how long, in optimizer steps.
+        seed: of initial weights, order, augmentation and dropout.
+        device: auto, cpu or cuda.
+        precision: bf16 (autocast) or float32.
+        threads: of torch a rank on a CPU; 0 takes the rank's share of the cores.
+        log_every, checkpoint_every: steps.
+        keep_checkpoints: newest ones that stay.
+        timeout_seconds: a collective that takes longer is an error on every rank.
+        tensorboard: whether to write its files too.
+    """
+
+    directory: str = "runs/default"
+    epochs: float = 40.0
+    steps: int = 0
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "bf16"
+    threads: int = 0
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    timeout_seconds: float = 600.0
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"run.device is {self.device!r}; it can be auto, cpu or cuda")
+        if self.precision not in ("bf16", "float32"):
+            raise InputError(f"run.precision is {self.precision!r}; it can be bf16 or float32")
+        if min(self.log_every, self.checkpoint_every, self.keep_checkpoints) < 1:
+            raise InputError(
+                "run.log_every, run.checkpoint_every, run.keep_checkpoints must be at least 1"
+            )
+        if self.steps < 0 or self.epochs <= 0 or self.seed < 0 or self.threads < 0:
+            raise InputError(
+                "run.steps, run.seed and run.threads must not be negative, run.epochs above 0"
+            )
+        if self.timeout_seconds <= 0:
+            raise InputError(f"run.timeout_seconds is {self.timeout_seconds}; must be above 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+_RECIPES = Path(__file__).with_name("recipes")
+
+# What may change when a run goes on: where things are and how fast, never what is computed.
+_FREE_ON_RESUME = {
+    "run.directory",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.timeout_seconds",
+    "run.tensorboard",
+    "run.threads",
+    "run.device",
+    "data.shards",
+    "data.loader",
+    "data.threads",
+    "data.prefetch",
+}
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with maskbank."""
+    return sorted(file.stem for file in _RECIPES.glob("*.yaml"))
+
+
+def load_config(
+    recipe: str | None = None, file: Path | None = None, overrides: Sequence[str] = ()
+) -> TrainConfig:
+    """Merges a recipe, a YAML file and `key=value` arguments, later ones winning.
+
+    Raises:
+        InputError: an unknown recipe or key, a wrong type, or a value out of range.
+    """
+    layers = []
+    if recipe is not None:
+        if recipe not in recipe_names():
+            raise InputError(
+                f"there is no recipe {recipe!r}; the recipes are {', '.join(recipe_names())}"
+            )
+        layers.append((f"recipe {recipe}", _read_yaml(_RECIPES / f"{recipe}.yaml")))
+    if file is not None:
+        layers.append((str(file), _read_yaml(file)))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"{override!r} is no setting; write key=value, as in run.steps=1000")
+        layers.append((f"argument {override!r}", OmegaConf.from_dotlist([override])))
+    return _build(layers)
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Writes the resolved configuration as YAML, which starts the same run again."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def resume_difference(old: TrainConfig, new: TrainConfig) -> str:
+    """The first setting whose change would change the result of a run that goes on, or ''."""
+    before, after = _flatten(old), _flatten(new)
+    for key, value in after.items():
+        if key not in _FREE_ON_RESUME and before[key] != value:
+            return f"{key} was {before[key]!r} and is now {value!r}"
+    return ""
+
+
+def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            values |= _flatten(value, f"{prefix}{entry.name}.")
+        else:
+            values[prefix + entry.name] = value
+    return values
+
+
+def _read_yaml(file: Path) -> DictConfig:
+    try:
+        value = OmegaConf.load(file)
+    except OSError as error:
+        raise InputError(f"configuration {file} cannot be read ({error.strerror})") from None
+    except Exception as error:  # yaml's errors have no common base that OmegaConf documents
+        raise InputError(f"configuration {file} is no YAML: {str(error)[:300]}") from None
+    if not isinstance(value, DictConfig):
+        raise InputError(f"configuration {file} must be a mapping of sections, such as `run:`")
+    return value
+
+
+def _build(layers: Sequence[tuple[str, Any]]) -> TrainConfig:
+    known = _flatten(TrainConfig())
+    merged: Any = OmegaConf.create({})
+    for where, layer in layers:
+        for key in _leaves(OmegaConf.to_container(layer, resolve=False)):
+            if key not in known:
+                raise InputError(f"{where}: there is no setting {key!r}; {_neighbours(key, known)}")
+        merged = OmegaConf.merge(merged, layer)
+    sections: dict[str, Any] = {}
+    for section in fields(TrainConfig):
+        kind: Any = section.default_factory
+        schema = OmegaConf.structured(kind)
+        OmegaConf.set_readonly(schema, False)
+        given = merged.get(section.name)
+        try:
+            value = OmegaConf.merge(schema, {} if given is None else given)
+            sections[section.name] = _freeze(kind, OmegaConf.to_container(value, resolve=True))
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or ""
+            reason = str(error).splitlines()[0]
+            raise InputError(f"setting {section.name}.{key}: {reason}") from None
+    return TrainConfig(**sections)
+
+
+def _freeze(kind: Any, values: Any) -> Any:
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _leaves(value: Any, prefix: str = "") -> list[str]:
+    if not isinstance(value, dict):
+        return [prefix[:-1]]
+    return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{prefix}{key}.")]
+
+
+def _neighbours(key: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    last = key.rpartition(".")[2]
+    close += [name for name in known if name.endswith(f".{last}") and name not in close]
+    if close:
+        return f"did you mean {', '.join(close[:3])}?"
+    section = key.partition(".")[0]
+    inside = [name for name in known if name.startswith(f"{section}.")]
+    return f"settings there: {', '.join(inside or sorted({n.partition('.')[0] for n in known}))}"

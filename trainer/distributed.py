@@ -1,0 +1,118 @@
+"""Ranks and the collectives that the trainer uses; each is the identity on one rank."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: its number, how many there are, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_ranks(device: str, timeout_seconds: float) -> Ranks:
+    """Joins the process group that torchrun's environment describes; one rank without it.
+
+    Args:
+        device: cpu (gloo), cuda (nccl), or auto.
+        timeout_seconds: after which a collective that some rank does not reach is an error.
+
+    Raises:
+        InputError: cuda was asked for and there is none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device is {device!r}; it can be auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but torch sees no GPU here; set device=cpu or auto")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}; "
+            "start at most that many ranks a node"
+        )
+    chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        return Ranks(0, 1, chosen)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=chosen if on_gpu else None,
+    )
+    return Ranks(dist.get_rank(), world_size, chosen)
+
+
+def end_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(values: Tensor, ranks: Ranks) -> Tensor:
+    """Sum over the ranks, in place."""
+    if ranks.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Whether `flag` is set on any rank."""
+    votes = torch.tensor(float(flag), device=ranks.device)
+    return bool(all_reduce_sum(votes, ranks) > 0)
+
+
+def gather_counts(count: int, ranks: Ranks) -> list[int]:
+    """Every rank's count."""
+    mine = torch.tensor([count], device=ranks.device)
+    return [int(value) for value in all_gather_equal(mine, ranks).tolist()]
+
+
+def all_gather_equal(rows: Tensor, ranks: Ranks) -> Tensor:
+    """Rows [n, …] of all ranks, in the order of the ranks: [W·n, …]; n is the same on each."""
+    if ranks.world_size == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(ranks.world_size)]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def all_gather_rows(rows: Tensor, counts: list[int], ranks: Ranks) -> Tensor:
+    """Rows [counts[rank], …] of all ranks, in the order of the ranks: [sum(counts), …]."""
+    if ranks.world_size == 1 or sum(counts) == 0:
+        return rows
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = all_gather_equal(padded, ranks).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def broadcast_object(value: T, ranks: Ranks) -> T:
+    """Rank 0's value on every rank. Between ranks of one job only: it pickles."""
+    if ranks.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=ranks.device)
+    return box[0]
+
+
+def barrier(ranks: Ranks) -> None:
+    any_rank(False, ranks)

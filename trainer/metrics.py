@@ -1,0 +1,167 @@
+"""Metrics of a run: `metrics.jsonl`, TensorBoard, and one line on the terminal."""
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from data_pipeline.files import atomic_write
+from trainer.distributed import Ranks, all_reduce_sum
+from trainer.objective import Losses
+
+_SECONDS_BETWEEN_LINES = 10.0  # where the output is a file
+
+
+class Meter:
+    """Sums of what the steps since the last log gave, on the device, without a host sync.
+
+    `totals` is [7], float64: contrastive, saliency, correct, scored, prototypes, micro-batches,
+    gradient norm; the first four of this rank, summed over ranks by `collect`.
+    """
+
+    _SIZE = 7
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        # Apple's GPUs have no float64; there is none among the devices supported here
+        self.totals = torch.zeros(self._SIZE, dtype=torch.float64, device=ranks.device)
+
+    def add(self, losses: Losses) -> None:
+        """One micro-batch."""
+        if self.ranks.is_main:
+            self.totals[4] += losses.prototypes
+            self.totals[5] += 1
+        self.totals[0] += losses.contrastive
+        self.totals[1] += losses.saliency
+        self.totals[2] += losses.correct
+        self.totals[3] += losses.scored
+
+    def add_norm(self, norm: Tensor) -> None:
+        """The gradient's norm, which is the same on every rank."""
+        if self.ranks.is_main:
+            self.totals[6] += norm
+
+    def collect(self) -> Tensor:
+        """Moves all ranks' sums to rank 0 and returns them; a collective.
+
+        Checkpoints do this too, so that a run that was stopped there adds in the same order.
+        """
+        collected = all_reduce_sum(self.totals.clone(), self.ranks)
+        self.totals = collected if self.ranks.is_main else torch.zeros_like(collected)
+        return collected.cpu()
+
+    def means(self, accumulate: int) -> dict[str, float]:
+        """Means since the last call, which starts a new interval; a collective."""
+        contrastive, saliency, correct, scored, prototypes, batches, norm = self.collect().tolist()
+        self.totals = torch.zeros_like(self.totals)
+        batches = max(batches, 1)
+        return {
+            "loss": (contrastive + saliency) / batches,
+            "loss_contrastive": contrastive / batches,
+            "loss_saliency": saliency / batches,
+            "accuracy": correct / max(scored, 1),
+            "prototypes": prototypes / batches,
+            "gradient_norm": norm * accumulate / batches,
+        }
+
+
+class MetricsLog:
+    """Writes rows of metrics; rank 0 only.
+
+    Args:
+        run: run directory.
+        first_step: rows after it are from a run that was killed later, and dropped.
+        total_steps: of the run, for the progress line.
+        tensorboard: whether to write its files too.
+    """
+
+    def __init__(self, run: Path, first_step: int, total_steps: int, tensorboard: bool) -> None:
+        self._path = run / "metrics.jsonl"
+        _truncate(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(  # type: ignore[no-untyped-call]
+                str(run / "tensorboard"), purge_step=first_step
+            )
+        self._console = Console(stderr=True)
+        self._last_line = 0.0
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[line]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step, line="")
+        self._progress.start()
+        self._total_steps = total_steps
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row; `step` counts finished steps."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, row["step"])  # type: ignore[no-untyped-call]
+        self._show(row)
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def close(self) -> None:
+        self._progress.stop()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()  # type: ignore[no-untyped-call]
+
+    def _show(self, row: dict[str, Any]) -> None:
+        line = (
+            f"loss {row['loss']:.3f} = {row['loss_contrastive']:.3f} + {row['loss_saliency']:.3f} · "
+            f"accuracy {row['accuracy']:.1%} · lr {row['lr']:.4f} · "
+            f"{row['images_per_second']:.0f} images/s · data wait {row['data_wait']:.0%} · "
+            f"{row['memory_mb']:.0f} MB"
+        )
+        self._progress.update(self._task, line=line)
+        due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
+        if not self._console.is_terminal and (due or row["step"] == self._total_steps):
+            self._last_line = time.monotonic()
+            left = row["eta_seconds"]
+            print(f"step {row['step']}/{self._total_steps} · {line} · ETA {left:.0f} s", flush=True)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far: of the GPU, or of this process on a CPU; MB (10⁶ bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a kill left torn is passed over."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _truncate(path: Path, first_step: int) -> None:
+    rows = [row for row in read_metrics(path) if row["step"] <= first_step]
+    with atomic_write(path) as file:
+        for row in rows:
+            file.write(json.dumps(row).encode() + b"\n")

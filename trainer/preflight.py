@@ -1,0 +1,127 @@
+"""Everything that can be known to be wrong before a rank starts to train.
+
+`python -m trainer.preflight --world-size N …` takes the arguments of `trainer.train` and exits 2
+with one paragraph; `maskbank train` runs it first, and every rank checks again.
+"""
+
+import argparse
+import hashlib
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import InputError
+from data_pipeline.manifest import Manifest, read_manifest, require_component
+from trainer.checkpoint import Checkpoint, newest_checkpoint
+from trainer.config import TrainConfig, load_config, resume_difference
+from trainer.encoder import initial_network, read_run_config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that may start.
+
+    Attributes:
+        manifest: of the training shards.
+        total_steps: optimizer steps.
+        steps_per_epoch: need not be whole; batches run on over the end of an epoch.
+        checkpoint: to go on from, if any.
+        data_fingerprint: of the shards' contents.
+    """
+
+    manifest: Manifest
+    total_steps: int
+    steps_per_epoch: float
+    checkpoint: Checkpoint | None
+    data_fingerprint: str
+
+
+def plan_run(config: TrainConfig, world_size: int) -> Plan:
+    """Checks the configuration against data, ranks and run directory.
+
+    Raises:
+        InputError: what is wrong, where, and the remedy.
+    """
+    if not config.data.shards:
+        raise InputError(
+            "data.shards is not set; add data.shards=FOLDER (made by `maskbank shards build`)"
+        )
+    manifest = read_manifest(config.data.shards)
+    require_component(manifest, "mask", "training")
+    micro_batches = config.optim.accumulate
+    if config.data.batch_size % (world_size * micro_batches):
+        raise InputError(
+            f"data.batch_size {config.data.batch_size} is not divisible by {world_size} ranks × "
+            f"{micro_batches} micro-batches; set it to a multiple of {world_size * micro_batches}"
+        )
+    local = config.data.batch_size // (world_size * micro_batches)
+    if local == 1 and config.model.batch_norm in ("plain", "shuffle"):
+        raise InputError(
+            "each rank's micro-batch is one image, of which batch norm over the pooled branch has "
+            "no variance; raise data.batch_size, or set model.batch_norm=sync or frozen"
+        )
+    steps_per_epoch = manifest.samples / config.data.batch_size
+    total_steps = config.run.steps or int(config.run.epochs * steps_per_epoch)
+    if total_steps < 1:
+        raise InputError(
+            f"run.epochs {config.run.epochs} of {manifest.samples} samples are less than one batch "
+            f"of {config.data.batch_size}; raise run.epochs, or set run.steps"
+        )
+    run = Path(config.run.directory)
+    digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode())
+    plan = Plan(manifest, total_steps, steps_per_epoch, newest_checkpoint(run), digest.hexdigest())
+    _check_run_directory(run, config, plan)
+    return plan
+
+
+def _check_run_directory(run: Path, config: TrainConfig, plan: Plan) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)  # every rank tries
+    except OSError as error:
+        raise InputError(
+            f"run.directory {run} cannot be written ({error.strerror}); choose another"
+        ) from None
+    if plan.checkpoint is None:
+        return
+    if difference := resume_difference(read_run_config(run), config):
+        raise InputError(
+            f"{run} holds a run with other settings: {difference}. Set it back to go on with that "
+            "run, or choose another run.directory"
+        )
+    progress = plan.checkpoint.load("progress")
+    if progress["data"] != plan.data_fingerprint:
+        raise InputError(
+            f"{run} was trained on other shards than {config.data.shards}; give data.shards the "
+            "former ones to go on with that run, or choose another run.directory"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which run is meant."""
+    parser.add_argument("--recipe", metavar="NAME", help="a recipe that comes with maskbank")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="a YAML file over the recipe")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="over both")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="maskbank train", description=__doc__)
+    parser.add_argument("--world-size", type=int, default=1)
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        config = load_config(options.recipe, options.config, options.settings)
+        plan = plan_run(config, options.world_size)
+        if plan.checkpoint is None:
+            initial_network(config)
+    except InputError as error:
+        print(f"maskbank: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

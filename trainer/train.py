@@ -1,0 +1,259 @@
+"""Training: `torchrun --nproc-per-node=N -m trainer.train --recipe NAME key=value …`.
+
+The same command started again goes on from the newest complete checkpoint.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from data_pipeline.batch import Batch
+from data_pipeline.errors import InputError
+from data_pipeline.files import write_json
+from data_pipeline.loader import BatchStream
+from trainer.batch_norm import convert_batch_norm, shuffle_rows, unshuffle_rows
+from trainer.checkpoint import save_checkpoint
+from trainer.config import TrainConfig, load_config, save_config
+from trainer.distributed import Ranks, any_rank, barrier, end_ranks, start_ranks
+from trainer.encoder import initial_network
+from trainer.engine import DdpEngine
+from trainer.environment import describe_environment
+from trainer.memory_bank import ShardedMemoryBank
+from trainer.metrics import Meter, MetricsLog, peak_memory_mb
+from trainer.model import PixelEncoder, PixelOutput
+from trainer.momentum import make_momentum_encoder, update_momentum
+from trainer.objective import contrast_views
+from trainer.preemption import StopRequest
+from trainer.preflight import Plan, add_arguments, plan_run
+from trainer.schedule import learning_rate
+
+
+def train(config: TrainConfig, ranks: Ranks) -> int:
+    """Trains until the run is done or was asked to stop; returns the number of finished steps.
+
+    Raises:
+        InputError: something the user gave is wrong; nothing was trained.
+        FloatingPointError: the loss is not finite, on every rank at the same step.
+    """
+    plan = plan_run(config, ranks.world_size)
+    barrier(ranks)  # every rank has looked before one writes
+    state = TrainState(config, plan, ranks)
+    stream, log, stop = state.stream(), state.metrics_log(), StopRequest()
+    meter, micro_batches = state.meter, config.optim.accumulate
+    clock = Clock(config.data.batch_size, stream)
+    step = state.step
+    try:
+        while step < plan.total_steps:
+            lr = learning_rate(config.optim, step, plan.total_steps, plan.steps_per_epoch)
+            update_momentum(state.momentum_encoder, state.engine.network, config.model.momentum)
+            for micro in range(micro_batches):
+                batch: Batch = next(stream)
+                torch.manual_seed(_dropout_seed(config.run.seed, step, micro, ranks))
+                state.bank.prefetch()
+                with state.engine.accumulating(more_follow=micro + 1 < micro_batches):
+                    query = state.engine.forward(batch.query_image)
+                    key = embed_keys(state, batch, seed=step * micro_batches + micro)
+                    losses = contrast_views(query, key, batch, state.bank, ranks, config.loss)
+                    state.engine.backward(losses.total)
+                meter.add(losses)
+            meter.add_norm(state.engine.step(lr))
+            step += 1
+
+            if step % config.run.log_every == 0 or step == plan.total_steps:
+                row = {"step": step, "epoch": step / plan.steps_per_epoch, "lr": lr}
+                row |= meter.means(micro_batches) | clock.read(step, plan.total_steps)
+                row |= state.describe_data(stream)
+                if row["loss"] != row["loss"] or row["loss"] == float("inf"):
+                    raise FloatingPointError(
+                        f"the loss is {row['loss']} at step {step}; lower optim.lr, set "
+                        "optim.clip_norm, or run.precision=float32, and start the command again"
+                    )
+                if log is not None:
+                    log.write(row)
+            if log is not None:
+                log.advance(step)
+            stopping = stop.agreed(ranks)
+            if step % config.run.checkpoint_every == 0 or step == plan.total_steps or stopping:
+                state.save(step)
+            if stopping:
+                break
+    finally:
+        stop.close()
+        stream.close()
+        if log is not None:
+            log.close()
+    return step
+
+
+class TrainState:
+    """What a checkpoint holds: networks, optimizer, bank, progress."""
+
+    def __init__(self, config: TrainConfig, plan: Plan, ranks: Ranks) -> None:
+        self.config, self.plan, self.ranks = config, plan, ranks
+        self.run = Path(config.run.directory)
+        network = initial_network(config)
+        if config.model.batch_norm == "sync":
+            convert_batch_norm(network, ranks)
+        network.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.momentum_encoder = make_momentum_encoder(network).train()
+        self.engine = DdpEngine(network.train(), config.optim, ranks, config.run.precision)
+        self.bank = ShardedMemoryBank(config.bank.capacity, config.model.embedding_dim, ranks)
+        self.meter = Meter(ranks)
+        self.step = 0
+        if plan.checkpoint is not None:
+            self._load()
+        elif ranks.is_main:
+            save_config(config, self.run / "config.yaml")
+            write_json(self.run / "environment.json", describe_environment(ranks), indent=1)
+
+    def stream(self) -> BatchStream:
+        """This rank's batches from the next step on."""
+        config = self.config
+        return BatchStream(
+            self.plan.manifest,
+            config.views,
+            loader=config.data.loader,
+            batch_size=config.data.batch_size // config.optim.accumulate,
+            seed=config.run.seed,
+            window=config.data.window,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            start=self.step * config.optim.accumulate,
+            threads=config.data.threads or cores_per_rank(),
+            prefetch=config.data.prefetch,
+            device=self.ranks.device,
+        )
+
+    def metrics_log(self) -> MetricsLog | None:
+        if not self.ranks.is_main:
+            return None
+        total = self.plan.total_steps
+        return MetricsLog(self.run, self.step, total, self.config.run.tensorboard)
+
+    def describe_data(self, stream: BatchStream) -> dict[str, float]:
+        return {
+            "bank_fill": len(self.bank) / max(1, self.bank.capacity),
+            "bad_samples": stream.fetcher.bad_samples,
+            "invalid_views": stream.fetcher.invalid_views,
+            "memory_mb": peak_memory_mb(self.ranks.device),
+        }
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint, and the encoder on its own; a collective.
+
+        A rank that cannot write takes the others along instead of leaving them waiting.
+        """
+        bank, meter = self.bank.state(), self.meter.collect()
+        error: OSError | None = None
+        if self.ranks.is_main:
+            parts = {
+                "model": self.engine.network.state_dict(),
+                "momentum": self.momentum_encoder.state_dict(),
+                "optimizer": self.engine.optimizer.state_dict(),
+                "bank": bank,
+                "progress": {"step": step, "data": self.plan.data_fingerprint, "meter": meter},
+            }
+            try:
+                save_checkpoint(self.run, step, parts, self.config.run.keep_checkpoints)
+                self._export()
+            except OSError as caught:
+                error = caught
+        if any_rank(error is not None, self.ranks):
+            raise error or OSError(f"rank 0 could not write the checkpoint of step {step}")
+
+    def _export(self) -> None:
+        folder = self.run / "export"
+        folder.mkdir(exist_ok=True)
+        weights = self.engine.network.state_dict()
+        temporary = folder / ".encoder.safetensors.tmp"
+        save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
+        os.replace(temporary, folder / "encoder.safetensors")
+
+    def _load(self) -> None:
+        assert self.plan.checkpoint is not None
+        load = self.plan.checkpoint.load
+        self.engine.network.load_state_dict(load("model"))
+        self.momentum_encoder.load_state_dict(load("momentum"))
+        self.engine.optimizer.load_state_dict(load("optimizer"))
+        self.bank.load_state(load("bank"))
+        progress = load("progress")
+        self.step = int(progress["step"])
+        if self.ranks.is_main:
+            self.meter.totals = progress["meter"].to(self.ranks.device)
+
+
+class Clock:
+    """Images a second and the share of time that training waits for data, between two readings."""
+
+    def __init__(self, batch_size: int, stream: BatchStream) -> None:
+        self._batch_size, self._stream = batch_size, stream
+        self._time, self._wait, self._step = time.perf_counter(), 0.0, -1
+
+    def read(self, step: int, total_steps: int) -> dict[str, float]:
+        now, wait = time.perf_counter(), self._stream.wait_seconds
+        steps = step - self._step if self._step >= 0 else 1
+        seconds = max(now - self._time, 1e-9)
+        speed = {
+            "images_per_second": steps * self._batch_size / seconds,
+            "data_wait": (wait - self._wait) / seconds,
+            "eta_seconds": (total_steps - step) * seconds / steps,
+        }
+        self._time, self._wait, self._step = now, wait, step
+        return speed
+
+
+@torch.no_grad()
+def embed_keys(state: TrainState, batch: Batch, seed: int) -> PixelOutput:
+    """The momentum encoder on the key views, its batch norm fed with shuffled images if asked."""
+    encoder: PixelEncoder = state.momentum_encoder
+    if state.config.model.batch_norm != "shuffle" or state.ranks.world_size == 1:
+        with state.engine.autocast():
+            return PixelOutput(*encoder(batch.key_image))
+    images = shuffle_rows(batch.key_image, seed, state.ranks)
+    with state.engine.autocast():
+        shuffled = encoder(images.contiguous(memory_format=torch.channels_last))
+    return PixelOutput(*(unshuffle_rows(part.float(), seed, state.ranks) for part in shuffled))
+
+
+def cores_per_rank() -> int:
+    """This rank's share of the node's cores."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks)
+
+
+def _dropout_seed(seed: int, step: int, micro: int, ranks: Ranks) -> int:
+    """Dropout depends on these numbers alone, so that a resumed run drops the same."""
+    return ((seed * 1_000_003 + step) * 101 + micro) * 65_537 + ranks.rank
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="trainer.train", description=__doc__)
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(options.recipe, options.config, options.settings)
+        ranks = start_ranks(config.run.device, config.run.timeout_seconds)
+        if ranks.device.type == "cpu":
+            torch.set_num_threads(config.run.threads or cores_per_rank())
+        train(config, ranks)
+    except InputError as error:
+        if is_main:
+            print(f"maskbank: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except (FloatingPointError, OSError) as error:
+        if is_main:
+            print(f"maskbank: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    end_ranks()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Where a network starts: ImageNet, MoCo v2, or any safetensors file or state dict."""
+
+import logging
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from data_pipeline.errors import InputError
+from trainer.backbones import RESNETS
+from trainer.model import PixelEncoder
+
+log = logging.getLogger(__name__)
+
+# What checkpoints of others put before their names, and what that part is called here.
+_PREFIXES = (
+    ("module.encoder_q.", "backbone."),  # MoCo v1 and v2
+    ("module.model_q.", ""),  # released MaskContrast
+    ("model_q.", ""),
+    ("module.", ""),
+)
+_RENAMED = (("head.", "embedding_head."), ("classification_head.", "saliency_head."))
+_WITHOUT_USE = ("backbone.fc.", "fc.")  # image-level heads of classifiers and of MoCo
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a file gave to a network: names of parameters and buffers."""
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.loaded)} tensors loaded; missing (left at random): {_short(self.missing)}; "
+            f"unexpected (not used): {_short(self.unexpected)}"
+        )
+
+
+def load_start(encoder: PixelEncoder, start: str) -> LoadReport | None:
+    """Loads what `model.start` names into `encoder`; `None` for a random start.
+
+    Raises:
+        InputError: the file cannot be read, holds no tensors, or is of another architecture.
+    """
+    if start == "random":
+        return None
+    if start == "imagenet":
+        state = _imagenet(encoder.config.backbone)
+    else:
+        state = read_state(Path(start))
+    report = load_matching(encoder, state, start)
+    log.info("start %s: %s", start, report)
+    return report
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` or torch file, under our names; never unpickles objects."""
+    try:
+        if path.suffix == ".safetensors":
+            raw = load_file(path)
+        else:
+            raw = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"model.start: there is no file {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"model.start: {path} is a folder; name a file in it") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise InputError(
+            f"model.start: {path} cannot be read as tensors ({str(error).splitlines()[0][:200]}); "
+            "expected safetensors or a state dict"
+        ) from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(raw, dict) and isinstance(raw.get(wrapper), dict):
+            raw = raw[wrapper]
+    state = {k: v for k, v in raw.items() if isinstance(v, Tensor)} if isinstance(raw, dict) else {}
+    if not state:
+        raise InputError(f"model.start: {path} holds no named tensors")
+    return _our_names(state)
+
+
+def load_matching(module: nn.Module, state: dict[str, Tensor], origin: str) -> LoadReport:
+    """Copies every tensor of `state` that `module` has, after checking all of their shapes."""
+    own = module.state_dict()
+    unexpected = [n for n in state if n not in own and not n.startswith(_WITHOUT_USE)]
+    loaded = [name for name in own if name in state]
+    for name in loaded:
+        if own[name].shape != state[name].shape:
+            raise InputError(
+                f"{origin} is of another architecture: {name} is {list(state[name].shape)} there "
+                f"and {list(own[name].shape)} here; set model.backbone and the head's sizes to match"
+            )
+    if not loaded:
+        raise InputError(
+            f"{origin} has none of this network's tensors: it has {_short(list(state))}, "
+            f"the network {_short(list(own))}"
+        )
+    module.load_state_dict({name: state[name] for name in loaded}, strict=False)
+    counters = ("num_batches_tracked",)
+    missing = [n for n in own if n not in state and not n.endswith(counters)]
+    return LoadReport(tuple(loaded), tuple(missing), tuple(unexpected))
+
+
+def _imagenet(backbone: str) -> dict[str, Tensor]:
+    if backbone not in RESNETS:
+        raise InputError(f"model.start is imagenet, but there are no such weights for {backbone}")
+    try:
+        # V1 as in the paper, whose networks are older than V2
+        network = getattr(torchvision.models, backbone)(weights="IMAGENET1K_V1")
+    except OSError as error:
+        raise InputError(
+            f"torchvision's weights of {backbone} cannot be downloaded ({error}); fetch the file "
+            "on a machine with a network and give it as model.start=FILE"
+        ) from None
+    return {f"backbone.{name}": value for name, value in network.state_dict().items()}
+
+
+def _our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix, ours in _PREFIXES:
+        chosen = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        if chosen:
+            state = {ours + name: value for name, value in chosen.items()}
+            break
+    if "conv1.weight" in state:  # a plain torchvision ResNet
+        state = {f"backbone.{name}": value for name, value in state.items()}
+    return {_rename(name): value for name, value in state.items()}
+
+
+def _rename(name: str) -> str:
+    for theirs, ours in _RENAMED:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _short(names: list[str] | tuple[str, ...]) -> str:
+    if not names:
+        return "none"
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
