@@ -6,10 +6,7 @@ autoescaping template, and values that reach an attribute of the drawing are num
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
 import os
 import zipfile
 import zlib
@@ -20,34 +17,28 @@ from typing import Any
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data_pipeline.errors import InputError
+from evaluation.report_figures import (
+    CHART,
+    PROPOSAL_PALETTE,
+    VOID,
+    Bytes,
+    Metrics,
+    chart,
+    css_colour,
+    number,
+    overlay,
+    png_data_uri,
+)
 
-Bytes = NDArray[np.uint8]
-Floats = NDArray[np.float64]
-Metrics = list[dict[str, Any]]
 Evaluations = dict[str, dict[str, Any]]  # "kmeans-trained" and so on
 Examples = dict[str, dict[str, NDArray[Any]]]  # by network
 
 PROTOCOLS = {"kmeans": "K-means", "linear": "Linear classifier"}
 NETWORKS = ("trained", "initial")
-VOID = 255
 MAX_EXAMPLES = 12
-MAX_PICTURE = 224  # px; shown at most about 190 px wide, the rest is for dense screens
 MAX_CONFUSION = 30
-MAX_BINS = 120
-CHART = {"width": 360, "height": 190, "left": 44, "right": 10, "top": 14, "bottom": 24}
-
-# uint8 [256, 3]: proposals have no class, so they must not borrow a class's colour.
-PROPOSAL_PALETTE = np.resize(
-    np.array(
-        [[255, 120, 40], [255, 196, 0], [0, 190, 255], [255, 70, 160], [90, 230, 90]],
-        dtype=np.uint8,
-    ),
-    (256, 3),
-)
-
 # key in metrics.jsonl, title, what the reader sees in it, factor to the shown unit, unit
 CURVES = (
     ("loss_contrastive", "Contrastive loss", "pixels against mask prototypes", 1.0, ""),
@@ -57,14 +48,6 @@ CURVES = (
     ("images_per_second", "Throughput", "training images a second", 1.0, ""),
     ("data_wait", "Waiting for data", "share of the step time", 100.0, "%"),
 )
-
-
-def number(value: object) -> float | None:
-    """`value` as a finite float, None for anything else (missing, text, NaN)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    # An int too long for a float is no more usable than an infinite one.
-    return float(value) if abs(value) < 1e300 else None
 
 
 def read_json_object(path: Path) -> dict[str, Any] | None:
@@ -107,7 +90,8 @@ def read_metrics(path: Path) -> tuple[Metrics, int]:
 def read_evaluation(run: Path, protocol: str, network: str) -> dict[str, Any] | None:
     """RUN/evaluation/PROTOCOL-NETWORK.json, checked; None where it is missing.
 
-    IoU and accuracy are in percent; `confusion` becomes int64 [C, C], truth by prediction.
+    IoU and accuracy are in percent; `confusion` becomes int64 [C, C], truth by prediction, and
+    `unmatched` int64 [C], pixels of each true class that were predicted as no class.
     """
     path = run / "evaluation" / f"{protocol}-{network}.json"
     payload = read_json_object(path)
@@ -122,6 +106,9 @@ def read_evaluation(run: Path, protocol: str, network: str) -> dict[str, Any] | 
         confusion = np.array(payload["confusion"], dtype=np.int64)
         if confusion.shape != (len(per_class), len(per_class)):
             raise ValueError(f"confusion is {confusion.shape} for {len(per_class)} classes")
+        unmatched = np.array(payload.get("unmatched") or np.zeros(len(per_class)), dtype=np.int64)
+        if unmatched.shape != (len(per_class),):
+            raise ValueError(f"unmatched is {unmatched.shape} for {len(per_class)} classes")
         return {name: number(payload.get(name)) for name in scalars} | {
             "protocol": protocol,
             "network": network,
@@ -132,6 +119,7 @@ def read_evaluation(run: Path, protocol: str, network: str) -> dict[str, Any] | 
             "iou": [number(entry.get("iou")) for entry in per_class],
             "pixels": [number(entry.get("pixels")) or 0.0 for entry in per_class],
             "confusion": confusion,
+            "unmatched": unmatched,
             "options": dict(payload.get("options") or {}),
         }
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -159,61 +147,6 @@ def read_examples(path: Path) -> dict[str, NDArray[Any]] | None:
     return arrays
 
 
-def class_palette(count: int) -> Bytes:
-    """Colours of PASCAL VOC, uint8 [count, 3]; the void id 255 is light grey.
-
-    The bits of an id are dealt to red, green, blue in turn, highest colour bit first, which
-    keeps neighbouring ids far apart.
-    """
-    ids = np.arange(count)
-    colours = np.zeros((count, 3), dtype=np.int64)
-    for shift in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((ids >> (3 * shift + channel)) & 1) << (7 - shift)
-    palette = colours.astype(np.uint8)
-    palette[VOID : VOID + 1] = 224
-    return palette
-
-
-def colour_segments(segments: Bytes, palette: Bytes | None = None) -> Bytes:
-    """Ids [H, W] painted with `palette` (by default the class colours), uint8 [H, W, 3]."""
-    colours: Bytes = (class_palette(256) if palette is None else palette)[segments]
-    return colours
-
-
-def overlay(
-    image: Bytes, segments: Bytes, palette: Bytes | None = None, alpha: float = 0.62
-) -> Bytes:
-    """`segments` [H, W] over `image` [H, W, 3]: tinted inside, outlined, background greyed.
-
-    Greying the background leaves the picture recognisable and makes even a dark class colour
-    stand out, which a tint alone does not.
-    """
-    colours = colour_segments(segments, palette).astype(np.float32)
-    photo = image.astype(np.float32)
-    inside = (segments != 0)[..., None]
-    grey = 0.55 * photo.mean(axis=-1, keepdims=True) + 0.45 * 128
-    mixed = np.where(inside, (1 - alpha) * photo + alpha * colours, grey)
-    solid = np.pad(np.where(segments == VOID, 0, segments), (0, 1), mode="edge")
-    mixed[(solid[:-1, 1:] != solid[:-1, :-1]) | (solid[1:, :-1] != solid[:-1, :-1])] = 255
-    painted: Bytes = np.clip(mixed.round(), 0, 255).astype(np.uint8)
-    return painted
-
-
-def png_data_uri(picture: Bytes, colours: int | None = None) -> str:
-    """`picture` [H, W] or [H, W, 3] as a PNG data URI, reduced to MAX_PICTURE pixels.
-
-    `colours` allows that many only: an overlay looks the same and takes a third of the bytes.
-    """
-    image = Image.fromarray(np.ascontiguousarray(picture))
-    image.thumbnail((MAX_PICTURE, MAX_PICTURE), Image.Resampling.LANCZOS)
-    if colours is not None:
-        image = image.quantize(colours, dither=Image.Dither.NONE)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 def example_rows(examples: Examples, classes: Sequence[str]) -> list[dict[str, Any]]:
     """One entry a picture; what each network predicts for it is found by its key."""
     rows: dict[str, dict[str, Any]] = {}
@@ -226,7 +159,7 @@ def example_rows(examples: Examples, classes: Sequence[str]) -> list[dict[str, A
                     "key": key,
                     "image": png_data_uri(image),
                     "mask": png_data_uri(overlay(image, mask, PROPOSAL_PALETTE, 0.45), 128),
-                    "proposals": len(np.unique(mask[mask != 0])),
+                    "proposals": len(np.unique(mask[(mask != 0) & (mask != VOID)])),
                     "truth": png_data_uri(overlay(image, label), 128),
                     "classes": names_of(label, classes),
                     "predictions": {},
@@ -252,12 +185,6 @@ def names_of(segments: Bytes, classes: Sequence[str]) -> str:
     return ", ".join(class_name(i, classes) for i in ids) or "background only"
 
 
-def css_colour(index: int) -> str:
-    """Class colour as CSS text."""
-    red, green, blue = class_palette(256)[index % 256].tolist()
-    return f"rgb({red} {green} {blue})"
-
-
 def legend(examples: Examples, classes: Sequence[str]) -> list[dict[str, str]]:
     """Colour and name of every class seen in the pictures; void last."""
     drawn = [arrays[name] for arrays in examples.values() for name in ("clusters", "label")]
@@ -266,14 +193,6 @@ def legend(examples: Examples, classes: Sequence[str]) -> list[dict[str, str]]:
         {"colour": css_colour(i), "name": "void" if i == VOID else class_name(i, classes)}
         for i in sorted(seen)
     ]
-
-
-def compact(value: float) -> str:
-    """Short number for an axis: 2.5, 400, 12k, 1e-05."""
-    for size, suffix in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{suffix}"
-    return f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:
@@ -285,66 +204,6 @@ def duration(seconds: float | None) -> str:
     if hours:
         return f"{hours:,} h {left:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round values a constant step apart that cover low..high."""
-    if high <= low:
-        margin = abs(low) * 0.1 or 1.0
-        low, high = low - margin, high + margin
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, last + 1)]
-
-
-def path_data(xs: Floats, ys: Floats) -> str:
-    """SVG path through the points."""
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys, strict=True))
-
-
-def chart(entries: Metrics, curve: tuple[str, str, str, float, str]) -> dict[str, Any]:
-    """A curve in units of the SVG view box: bin means as a line, ranges as a band behind it."""
-    key, title, note, factor, unit = curve
-    pairs = [(entry["step"], number(entry[key])) for entry in entries if key in entry]
-    points = np.array([(s, v * factor) for s, v in pairs if v is not None], dtype=np.float64)
-    result = {"title": title, "note": note, "skipped": len(pairs) - len(points), "latest": ""}
-    if not len(points):
-        return result
-    bins = np.array_split(points, min(len(points), MAX_BINS))
-    steps, means = np.array([b.mean(axis=0) for b in bins]).T
-    lows, highs = np.array([[b[:, 1].min(), b[:, 1].max()] for b in bins]).T
-    low, high = float(lows.min()), float(highs.max())
-    ticks = nice_ticks(0.0 if 0 <= low < 0.6 * high else low, high)
-    first, last = float(points[0, 0]), float(points[-1, 0])
-    start = 0.0 if 0 <= first < 0.3 * last else first
-    stop = last if last > start else start + 1
-    right, base = CHART["width"] - CHART["right"], CHART["height"] - CHART["bottom"]
-
-    def across(step: Floats) -> Floats:
-        return CHART["left"] + (step - start) / (stop - start) * (right - CHART["left"])
-
-    def up(value: Floats) -> Floats:
-        return base - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (base - CHART["top"])
-
-    xs, ys = across(steps), up(means)
-    cuts = np.concatenate([[CHART["left"]], (xs[1:] + xs[:-1]) / 2, [right]])
-    around = np.concatenate([xs, xs[::-1]]), np.concatenate([up(highs), up(lows)[::-1]])
-    x_ticks = np.array([tick for tick in nice_ticks(start, stop) if start <= tick <= stop])
-    y_ticks = np.array(ticks)
-    return result | {
-        "latest": compact(float(points[-1, 1])) + unit,
-        "line": path_data(xs, ys),
-        "band": path_data(*around) + "Z" if len(points) > len(bins) else "",
-        "end": (xs[-1], ys[-1]),
-        "x_ticks": [(x, compact(t)) for x, t in zip(across(x_ticks), x_ticks, strict=True)],
-        "y_ticks": [(y, compact(t) + unit) for y, t in zip(up(y_ticks), y_ticks, strict=True)],
-        "hits": [
-            {"x": x, "y": y, "left": a, "width": b - a, "text": f"{compact(v)}{unit} at {s:,.0f}"}
-            for x, y, a, b, v, s in zip(xs, ys, cuts, cuts[1:], means, steps, strict=False)
-        ],
-    }
 
 
 def class_rows(evaluations: Evaluations) -> list[dict[str, Any]]:
@@ -370,7 +229,8 @@ def class_rows(evaluations: Evaluations) -> list[dict[str, Any]]:
 def confusion_grid(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Row shares (percent) of the confusion matrix, of the MAX_CONFUSION largest classes."""
     counts = evaluation["confusion"]
-    totals = counts.sum(axis=1)
+    # pixels in clusters without a class are in no column, but part of their row
+    totals = counts.sum(axis=1) + evaluation.get("unmatched", 0)
     kept = np.sort(np.argsort(-totals, kind="stable")[:MAX_CONFUSION])
     shares = (100 * counts / np.maximum(totals, 1)[:, None])[np.ix_(kept, kept)]
     names = [evaluation["classes"][i] for i in kept]

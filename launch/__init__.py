@@ -1,0 +1,1 @@
+"""Starts the other packages, of which it knows the command lines only."""

@@ -18,21 +18,23 @@ from data_pipeline.errors import InputError
 from evaluation.report import (
     MAX_CONFUSION,
     MAX_EXAMPLES,
-    MAX_PICTURE,
-    chart,
-    class_palette,
     class_rows,
-    colour_segments,
-    compact,
     confusion_grid,
     duration,
-    nice_ticks,
-    overlay,
-    png_data_uri,
     read_evaluation,
     read_examples,
     read_metrics,
     write_report,
+)
+from evaluation.report_figures import (
+    MAX_PICTURE,
+    chart,
+    class_palette,
+    colour_segments,
+    compact,
+    nice_ticks,
+    overlay,
+    png_data_uri,
 )
 
 SIZE = 8
@@ -400,3 +402,24 @@ def test_confusion_keeps_the_largest_classes() -> None:
     assert len(grid["names"]) == MAX_CONFUSION
     assert grid["hidden"] == 2
     assert grid["mistakes"] == [("c5", "c9", 50.0)]
+
+
+def test_pixels_without_a_class_are_part_of_their_row(run: Path) -> None:
+    path = run / "evaluation" / "kmeans-trained.json"
+    payload = json.loads(path.read_text())
+    path.write_text(json.dumps(payload | {"unmatched": [0, 100, 0, 0]}))
+    loaded = read_evaluation(run, "kmeans", "trained")
+    assert loaded is not None
+    assert confusion_grid(loaded)["mistakes"] == [(HOSTILE, "background", 10.0)]
+    path.write_text(json.dumps(payload | {"unmatched": [1]}))
+    with pytest.raises(InputError, match=r"unmatched is \(1,\) for 4 classes"):
+        read_evaluation(run, "kmeans", "trained")
+
+
+def test_ignored_pixels_are_no_proposal(run: Path) -> None:
+    path = run / "evaluation" / "examples-trained.npz"
+    arrays = dict(np.load(path))
+    arrays["mask"][0, :2], arrays["mask"][0, 2:4], arrays["mask"][0, 4:] = 1, 3, 255
+    np.savez(path, **arrays)
+    images = Page(write_report(run)).attributes("img")
+    assert images[1]["alt"] == "2 mask proposals of one"

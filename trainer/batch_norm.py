@@ -33,6 +33,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     def of(cls, plain: nn.BatchNorm2d, ranks: Ranks) -> "CpuSyncBatchNorm":
         """With the parameters and running statistics of `plain`."""
         synced = cls(plain.num_features, plain.eps, plain.momentum)
+        synced.to(plain.weight)
         synced.load_state_dict(plain.state_dict())
         for mine, theirs in zip(synced.parameters(), plain.parameters(), strict=True):
             mine.requires_grad_(theirs.requires_grad)

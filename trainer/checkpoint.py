@@ -1,7 +1,6 @@
 """Checkpoints that are either complete or ignored, and never unpickle what strangers wrote."""
 
 import os
-import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,8 @@ class Checkpoint:
         file = self.path / f"{name}.pt"
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0][:200]
+        except Exception as error:  # the safe unpickler raises anything on damaged bytes
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise InputError(
                 f"{file} cannot be read ({reason}); delete {self.path} to go on from the one before"
             ) from None

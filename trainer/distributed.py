@@ -62,6 +62,12 @@ def start_ranks(device: str, timeout_seconds: float) -> Ranks:
     return Ranks(dist.get_rank(), world_size, chosen)
 
 
+def cores_per_rank() -> int:
+    """This rank's share of the node's cores."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks)
+
+
 def end_ranks() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

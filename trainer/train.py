@@ -20,7 +20,14 @@ from data_pipeline.loader import BatchStream
 from trainer.batch_norm import convert_batch_norm, shuffle_rows, unshuffle_rows
 from trainer.checkpoint import save_checkpoint
 from trainer.config import TrainConfig, load_config, save_config
-from trainer.distributed import Ranks, any_rank, barrier, end_ranks, start_ranks
+from trainer.distributed import (
+    Ranks,
+    any_rank,
+    barrier,
+    cores_per_rank,
+    end_ranks,
+    start_ranks,
+)
 from trainer.encoder import initial_network
 from trainer.engine import DdpEngine
 from trainer.environment import describe_environment
@@ -219,12 +226,6 @@ def embed_keys(state: TrainState, batch: Batch, seed: int) -> PixelOutput:
     with state.engine.autocast():
         shuffled = encoder(images.contiguous(memory_format=torch.channels_last))
     return PixelOutput(*(unshuffle_rows(part.float(), seed, state.ranks) for part in shuffled))
-
-
-def cores_per_rank() -> int:
-    """This rank's share of the node's cores."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // local_ranks)
 
 
 def _dropout_seed(seed: int, step: int, micro: int, ranks: Ranks) -> int:

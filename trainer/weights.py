@@ -1,13 +1,11 @@
 """Where a network starts: ImageNet, MoCo v2, or any safetensors file or state dict."""
 
 import logging
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -71,9 +69,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise InputError(f"model.start: there is no file {path}") from None
     except IsADirectoryError:
         raise InputError(f"model.start: {path} is a folder; name a file in it") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # the safe unpickler raises anything on a stranger's bytes
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise InputError(
-            f"model.start: {path} cannot be read as tensors ({str(error).splitlines()[0][:200]}); "
+            f"model.start: {path} cannot be read as tensors ({reason}); "
             "expected safetensors or a state dict"
         ) from None
     for wrapper in ("state_dict", "model"):

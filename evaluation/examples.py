@@ -1,0 +1,102 @@
+"""Pictures for the report: a few images with everything that was predicted on them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipeline.files import atomic_write
+from data_pipeline.manifest import Manifest
+from data_pipeline.sample import IGNORE, UInt8
+from data_pipeline.whole_images import WholeImage, normalise, resize_nearest
+from evaluation.features import open_labelled, precision
+from evaluation.kmeans import Clustering, KMeansConfig
+from evaluation.prototypes import foreground_of
+from trainer.encoder import Encoder
+
+
+@torch.inference_mode()
+def write_examples(
+    encoder: Encoder,
+    manifest: Manifest,
+    config: KMeansConfig,
+    clustering: Clustering,
+    path: Path,
+    count: int = 12,
+) -> None:
+    """Writes `count` images, evenly spaced over the data set, as arrays (see `report.py`)."""
+    images = open_labelled(manifest, config.size, threads=1)
+    numbers = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
+    chosen = [images.read(int(number)) for number in dict.fromkeys(numbers.tolist())]
+    pixels = torch.stack([image.pixels for image in chosen])
+    embeddings, saliency = _embedded(encoder, pixels, config)
+    foreground = foreground_of(saliency, config.prototype).numpy()
+    arrays = {
+        "key": np.array([image.key for image in chosen]),
+        "image": pixels.permute(0, 2, 3, 1).numpy(),
+        "mask": np.stack([_resized(image.mask, image, config.size) for image in chosen]),
+        "label": np.stack([_resized(image.label, image, config.size) for image in chosen]),
+        "saliency": saliency.sigmoid().numpy(),
+        "clusters": cluster_maps(chosen, foreground, clustering),
+        "embedding_rgb": principal_colours(embeddings),
+    }
+    with atomic_write(path) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def principal_colours(embeddings: Tensor) -> UInt8:
+    """The three main directions of pixel embeddings [B, D, H, W] as colours, uint8 [B, H, W, 3].
+
+    Each is stretched from its 2nd to its 98th percentile; fewer than three dimensions repeat.
+    """
+    dim = embeddings.shape[1]
+    # an image at a time: all pixels in float64 would be gigabytes
+    images = [image.reshape(dim, -1).T for image in embeddings]
+    mean = torch.stack([image.double().mean(0) for image in images]).mean(0)
+    centred = (image.double() - mean for image in images)
+    scatter = torch.stack([image.T @ image for image in centred]).sum(0)
+    _, directions = torch.linalg.eigh(scatter)
+    directions = directions.flip(1)[:, [0, min(1, dim - 1), min(2, dim - 1)]]
+    # the sign of an eigenvector is arbitrary: fix it, so that equal networks give equal pictures
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    directions = directions * largest.sign()
+    colours = torch.stack([(image.double() - mean) @ directions for image in images]).numpy()
+    low, high = np.percentile(colours.reshape(-1, 3), [2, 98], axis=0)
+    scaled = (colours - low) / np.maximum(high - low, 1e-12)
+    shape = (len(images), *embeddings.shape[2:], 3)
+    stretched: UInt8 = (255 * scaled.clip(0, 1)).astype(np.uint8).reshape(shape)
+    return stretched
+
+
+def _embedded(encoder: Encoder, pixels: Tensor, config: KMeansConfig) -> tuple[Tensor, Tensor]:
+    """Embeddings [B, D, S, S] and saliency logits [B, S, S] on the CPU, computed as for scoring."""
+    device = next(encoder.parameters()).device
+    parts = []
+    for part in torch.split(pixels, config.batch_size):
+        images = normalise(part.to(device)).contiguous(memory_format=torch.channels_last)
+        with precision(config.precision, device):
+            embeddings, saliency = encoder.embed(images)
+        parts.append((embeddings.cpu(), saliency.cpu()))
+    return torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts])
+
+
+def cluster_maps(
+    images: list[WholeImage], foreground: NDArray[np.bool_], clustering: Clustering
+) -> UInt8:
+    """Predicted class of each pixel, uint8 [B, S, S], 255 where a cluster has no class."""
+    classes = [
+        clustering.class_of_cluster[clustering.cluster_of_sample[image.sample_id]]
+        for image in images
+    ]
+    background = clustering.class_of_cluster[0]
+    values = np.where(foreground, np.array(classes)[:, None, None], background)
+    return np.where(values < 0, IGNORE, values).astype(np.uint8)
+
+
+def _resized(values: UInt8 | None, image: WholeImage, size: int) -> UInt8:
+    if values is None:
+        return np.zeros((size, size), np.uint8)
+    resized: UInt8 = resize_nearest(torch.tensor(values), (size, size)).numpy()
+    return resized

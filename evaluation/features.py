@@ -1,0 +1,98 @@
+"""A network over all images of a set of shards, spread over the ranks."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from data_pipeline.errors import InputError
+from data_pipeline.manifest import Manifest, require_component
+from data_pipeline.whole_images import WholeImage, WholeImages, normalise
+from evaluation.miou import Counts
+from trainer.distributed import Ranks
+
+T = TypeVar("T")
+PRECISIONS = ("float32", "bf16")
+_SECONDS_BETWEEN_LINES = 30.0  # where the output is a file
+
+
+def require_labelled(manifest: Manifest) -> None:
+    """Raises InputError unless every sample has a label and the classes have names."""
+    require_component(manifest, "label", "evaluation")
+    if len(manifest.classes) < 2:
+        raise InputError(
+            f"{manifest.root} names no classes besides background; build the shards again with "
+            "class names"
+        )
+
+
+def open_labelled(manifest: Manifest, size: int, threads: int) -> WholeImages:
+    """Whole images of shards that have labels and class names.
+
+    Raises:
+        InputError: they have not.
+    """
+    require_labelled(manifest)
+    return WholeImages(manifest, size, threads)
+
+
+def require_pixels(counts: Counts, manifest: Manifest) -> None:
+    """Raises InputError where all labels are 255: there is nothing to score."""
+    if counts.sum() == 0:
+        raise InputError(f"every label pixel of {manifest.root} is 255 (ignored); check the labels")
+
+
+def own_samples(count: int, ranks: Ranks) -> NDArray[np.int64]:
+    """The sample numbers that this rank works on; the ranks' shares differ by one at most."""
+    return np.arange(ranks.rank, count, ranks.world_size, dtype=np.int64)
+
+
+def require_precision(name: str) -> None:
+    """Raises InputError unless `name` is bf16 or float32."""
+    if name not in PRECISIONS:
+        raise InputError(f"--precision is {name!r}; it can be {' or '.join(PRECISIONS)}")
+
+
+def precision(name: str, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to bf16, or nothing for float32."""
+    require_precision(name)
+    return nullcontext() if name == "float32" else torch.autocast(device.type, torch.bfloat16)
+
+
+def own_batches(
+    images: WholeImages, batch_size: int, ranks: Ranks, title: str
+) -> Iterator[tuple[list[WholeImage], Tensor]]:
+    """This rank's images with their normalised pixels [b, 3, S, S] on the device."""
+    numbers = own_samples(len(images), ranks)
+    batches = images.batches(numbers, batch_size)
+    for batch in shown(batches, title, -(-len(numbers) // batch_size), ranks):
+        pixels = torch.stack([image.pixels for image in batch]).to(ranks.device)
+        yield batch, normalise(pixels).contiguous(memory_format=torch.channels_last)
+
+
+def shown(items: Iterable[T], title: str, total: int, ranks: Ranks) -> Iterator[T]:
+    """Passes the items on, while rank 0 shows its progress, which is close to that of all.
+
+    On the error stream: as a bar, or as a line now and then where that is a file.
+    """
+    if not ranks.is_main:
+        yield from items
+        return
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(items, title, total, console=console)
+        return
+    last_line = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if done == total or time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            print(f"{title}: {done}/{total}", file=sys.stderr, flush=True)

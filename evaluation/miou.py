@@ -1,0 +1,58 @@
+"""Mean intersection over union from a confusion matrix."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.sample import IGNORE, UInt8
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores in percent.
+
+    Attributes:
+        miou: mean over the classes that the truth has.
+        iou: [C], NaN where the truth has no pixel of the class.
+        pixel_accuracy: share of pixels of the right class.
+    """
+
+    miou: float
+    iou: NDArray[np.float64]
+    pixel_accuracy: float
+
+
+def confusion(
+    truth: UInt8, prediction: NDArray[np.integer[Any]], classes: int, columns: int
+) -> Counts:
+    """Pixels of true class (row) and predicted class (column): int64 [classes, columns].
+
+    Pixels whose truth is 255 count nowhere.
+    """
+    kept = truth != IGNORE
+    pairs = truth[kept].astype(np.int64) * columns + prediction[kept]
+    return np.bincount(pairs, minlength=classes * columns).reshape(classes, columns)
+
+
+def score(matrix: Counts) -> Score:
+    """Scores of a confusion matrix [C, C] or [C, C + 1], truth in rows, no class in the last."""
+    right = np.diag(matrix).astype(np.float64)
+    truth, predicted = matrix.sum(1), matrix.sum(0)[: len(matrix)]
+    union = truth + predicted - right
+    present = truth > 0
+    iou = np.full(len(matrix), np.nan)
+    iou[present] = 100 * right[present] / union[present]
+    total = matrix.sum()
+    accuracy = 100 * float(right.sum() / total) if total else float("nan")
+    return Score(float(iou[present].mean()) if present.any() else float("nan"), iou, accuracy)
+
+
+def foreground_iou(matrix: Counts) -> float:
+    """IoU in percent of everything but class and column 0."""
+    both = matrix[1:, 1:].sum()
+    union = matrix.sum() - matrix[0, 0]
+    return 100 * float(both / union) if union else float("nan")

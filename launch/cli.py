@@ -1,0 +1,84 @@
+"""The command `maskbank`: finds out who does it, and starts that with the arguments as they are."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from launch.demo import run_demo
+from launch.torchrun import module_command, run, torchrun_command
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Learn to segment images without labels: shards → train → evaluate.",
+    epilog="Try `maskbank demo`; every command has `--help` with an example.",
+)
+_FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+NumProcesses = Annotated[
+    int, typer.Option("--nproc", "-n", min=1, help="Ranks on this machine: one a GPU, or CPU part.")
+]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("runs/demo"),
+    num_processes: NumProcesses = 2,
+) -> None:
+    """Scenes → shards → training on 2 ranks → measures → report.html, in a few minutes on a CPU.
+
+    Example: `maskbank demo --output runs/demo`
+    """
+    sys.exit(run_demo(output, num_processes))
+
+
+@app.command(context_settings=_FORWARD)
+def shards(context: typer.Context) -> None:
+    """Pack images, masks and labels into shards: `maskbank shards build …`."""
+    sys.exit(run(module_command("data_pipeline.cli", context.args)))
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[Optional[str], typer.Option(help="A recipe that comes along.")] = None,  # noqa: UP045 (typer)
+    config: Annotated[Optional[Path], typer.Option(help="A YAML file over the recipe.")] = None,  # noqa: UP045
+    num_processes: NumProcesses = 1,
+) -> None:
+    """Train a pixel encoder; settings as `key=value` win over recipe and file.
+
+    The same command started again goes on from the newest checkpoint.
+
+    Example: `maskbank train --recipe demo_cpu --nproc 2 data.shards=shards/train
+    run.directory=runs/mine run.steps=500`
+    """
+    arguments = list(context.args)
+    if config is not None:
+        arguments = ["--config", str(config), *arguments]
+    if recipe is not None:
+        arguments = ["--recipe", recipe, *arguments]
+    # what is wrong is said here, once, before any rank starts
+    checks = module_command("trainer.preflight", ["--world-size", str(num_processes), *arguments])
+    if status := run(checks):
+        sys.exit(status)
+    sys.exit(run(torchrun_command("trainer.train", arguments, num_processes), num_processes))
+
+
+@app.command(context_settings=_FORWARD)
+def evaluate(context: typer.Context) -> None:
+    """Measure a trained network: `maskbank evaluate kmeans|linear|report …`; `--nproc N` first."""
+    arguments, num_processes = list(context.args), 1
+    if arguments[:1] == ["--nproc"] and len(arguments) > 1 and arguments[1].isdigit():
+        num_processes, arguments = max(1, int(arguments[1])), arguments[2:]
+    command = torchrun_command("evaluation.cli", arguments, num_processes)
+    sys.exit(run(command, num_processes))
+
+
+def main() -> None:
+    app(prog_name="maskbank")
+
+
+if __name__ == "__main__":
+    main()

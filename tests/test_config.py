@@ -1,0 +1,134 @@
+"""Configuration: published values, clear errors, nothing that is read by no one."""
+
+import ast
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import InputError
+from trainer.config import (
+    TrainConfig,
+    load_config,
+    recipe_names,
+    resume_difference,
+    save_config,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch", "capacity", "freeze", "start"),
+    [
+        ("voc_supervised_saliency", 64, 128, ("conv1", "bn1", "layer1", "layer2"), "imagenet"),
+        ("voc_unsupervised_saliency", 128, 256, (), "random"),
+    ],
+)
+def test_recipes_hold_the_papers_values(
+    recipe: str, batch: int, capacity: int, freeze: tuple[str, ...], start: str
+) -> None:
+    config = load_config(recipe)
+    assert (config.data.batch_size, config.bank.capacity) == (batch, capacity)
+    assert (config.model.freeze, config.model.start) == (freeze, start)
+    assert (config.run.epochs, config.run.steps) == (40, 0)
+    assert (config.model.backbone, config.model.embedding_dim) == ("resnet50", 32)
+    assert (config.model.atrous_rates, config.model.decoder_channels) == ((12, 24, 36), 256)
+    assert (config.model.dropout, config.model.momentum) == (0.5, 0.999)
+    assert config.model.batch_norm == "shuffle"
+    assert config.loss.temperature == 0.5
+    optim = config.optim
+    assert (optim.lr, optim.momentum, optim.weight_decay) == (0.004, 0.9, 1e-4)
+    assert (optim.schedule, optim.per, optim.power) == ("poly", "epoch", 0.9)
+    views = config.views
+    assert (views.image_size, views.min_scale, views.max_scale) == (224, 0.2, 1.0)
+    assert (views.brightness, views.contrast, views.saturation, views.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert (views.jitter_probability, views.grayscale_probability) == (0.8, 0.2)
+    assert (views.flip_probability, views.min_coverage, views.max_coverage) == (0.5, 0.01, 0.99)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_the_saved_configuration_is_the_same_configuration(recipe: str, tmp_path: Path) -> None:
+    config = load_config(recipe, None, ["run.seed=7", "data.shards=a b"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(file=tmp_path / "config.yaml") == config
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {lr: 0.5, momentum: 0.8}\n")
+    config = load_config("demo_cpu", file, ["optim.lr=0.25"])
+    assert (config.optim.lr, config.optim.momentum) == (0.25, 0.8)
+    assert config.model.backbone == "small"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["optim.lrate=1"], r"no setting 'optim.lrate'; did you mean optim.lr"),
+        (["lr=1"], r"no setting 'lr'.*optim.lr"),
+        (["zebra.x=1"], r"no setting 'zebra.x'; .*bank, data"),
+        (["optim.lr=fast"], r"setting optim.lr: .*'fast'"),
+        (["run.steps=1.5"], r"setting run.steps"),
+        (["run.tensorboard=perhaps"], r"setting run.tensorboard"),
+        (["model.freeze=[stem9]"], r"model.freeze names 'stem9'; resnet50 has the stages conv1"),
+        (["model.backbone=vgg"], r"model.backbone is 'vgg'; it can be small, resnet18"),
+        (["model.batch_norm=group"], r"model.batch_norm is 'group'"),
+        (["optim.lr=0"], r"optim.lr must be above 0"),
+        (["loss.temperature=0"], r"loss.temperature is 0"),
+        (["bank.capacity=-1"], r"bank.capacity is -1"),
+        (["run.precision=fp8"], r"run.precision is 'fp8'; it can be bf16 or float32"),
+        (["data.loader=ffcv"], r"data.loader is 'ffcv'"),
+        (["verbose"], r"'verbose' is no setting; write key=value"),
+        (["run=3"], r"run"),
+    ],
+)
+def test_wrong_settings_are_named(settings: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(None, None, settings)
+
+
+def test_unknown_recipe_and_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no recipe 'voc'; the recipes are demo_cpu"):
+        load_config("voc")
+    with pytest.raises(InputError, match=r"none.yaml cannot be read"):
+        load_config(file=tmp_path / "none.yaml")
+    for number, text in enumerate(("a: [1", "- 1\n- 2", "run: !!python/object:os.system x")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(text)
+        with pytest.raises(InputError, match=f"{number}.yaml"):
+            load_config(file=file)
+
+
+def test_only_what_changes_the_result_keeps_a_run_from_going_on() -> None:
+    before = load_config("demo_cpu")
+    faster = load_config("demo_cpu", None, ["run.log_every=1", "data.loader=torch", "run.threads=3"])
+    assert resume_difference(before, faster) == ""
+    changed = load_config("demo_cpu", None, ["optim.lr=0.01"])
+    assert "optim.lr was" in resume_difference(before, changed)
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    """A setting that nothing reads is a lie to its user."""
+    read: set[str] = set()
+    for package in ("trainer", "data_pipeline"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Attribute) and not _is_self_check(node):
+                    read.add(node.attr)
+    for section in fields(TrainConfig):
+        for setting in fields(section.default_factory):  # type: ignore[arg-type]
+            assert setting.name in read, f"{section.name}.{setting.name} is read by nothing"
+
+
+def test_every_setting_is_described() -> None:
+    for section in fields(TrainConfig):
+        described = section.default_factory.__doc__ or ""  # type: ignore[union-attr]
+        for setting in fields(section.default_factory):  # type: ignore[arg-type]
+            assert re.search(rf"\b{setting.name}\b", described), f"{section.name}.{setting.name}"
+
+
+def _is_self_check(node: ast.Attribute) -> bool:
+    """`self.x` in the class's own check is no use of the setting."""
+    return isinstance(node.value, ast.Name) and node.value.id == "self"
