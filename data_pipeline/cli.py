@@ -1,9 +1,10 @@
 """Command line of the data pipeline: `maskbank shards …`."""
 
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,17 +17,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from data_pipeline.errors import InputError
 from data_pipeline.manifest import Manifest
-from data_pipeline.sources.item import Listing
+from data_pipeline.sources.item import Listing, read_class_names
 from data_pipeline.write_shards import FAILURES, BuildConfig, build_shards, failure_counts
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 build_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
-app.add_typer(
-    build_app, name="build", help="Pack images, masks and labels into WebDataset shards."
-)
+app.add_typer(build_app, name="build", help="Pack images, masks and labels into WebDataset shards.")
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the shards (new).")]
 PerShard = Annotated[int, typer.Option(help="Samples a shard.")]
@@ -34,7 +34,7 @@ MaskModeOption = Annotated[
     str, typer.Option(help="How mask values are read: auto, binary (half and above), ids.")
 ]
 ShuffleSeed = Annotated[int, typer.Option(help="Seed of the shuffle over shards; -1: key order.")]
-Processes = Annotated[int, typer.Option("--processes", "-p", help="Worker processes.")]
+Processes = Annotated[int, typer.Option("--processes", "-p", min=1, help="Worker processes.")]
 console = Console(stderr=True)
 
 
@@ -47,9 +47,9 @@ def shards() -> None:
 def folder(
     images: Annotated[Path, typer.Option(help="Folder of images, searched recursively.")],
     output: Output,
-    masks: Annotated[Optional[Path], typer.Option(help="Folder of masks, same stems.")] = None,  # noqa: UP045 (typer)
-    labels: Annotated[Optional[Path], typer.Option(help="Folder of class-index labels.")] = None,  # noqa: UP045
-    classes: Annotated[Optional[Path], typer.Option(help="File of class names, one a line.")] = None,  # noqa: UP045
+    masks: Annotated[Path | None, typer.Option(help="Folder of masks, same stems.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Folder of class-index labels.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="Class names, one a line.")] = None,
     samples_per_shard: PerShard = 1000,
     mask_mode: MaskModeOption = "auto",
     shuffle_seed: ShuffleSeed = 0,
@@ -61,7 +61,12 @@ def folder(
     """
     from data_pipeline.sources.folder import list_folder
 
-    names = () if classes is None else _class_names(classes)
+    if (labels is None) != (classes is None):
+        raise InputError(
+            "--labels and --classes go together: evaluation needs a name for every class index; "
+            "give both, or neither"
+        )
+    names = () if classes is None else read_class_names(classes)
     listing = list_folder(images, masks, labels, names)
     _build(listing, output, samples_per_shard, mask_mode, shuffle_seed, processes)
 
@@ -71,7 +76,7 @@ def voc(
     root: Annotated[Path, typer.Option(help="The PASCAL tree: released layout or VOCdevkit.")],
     split: Annotated[str, typer.Option(help="Name of the split's list: trainaug, train, val.")],
     output: Output,
-    masks: Annotated[Optional[str], typer.Option(help="Folder of masks, in the tree or not.")] = None,  # noqa: UP045
+    masks: Annotated[str | None, typer.Option(help="Folder of masks, in the tree or not.")] = None,
     labels: Annotated[bool, typer.Option(help="Take the labels along.")] = True,
     samples_per_shard: PerShard = 1000,
     mask_mode: MaskModeOption = "auto",
@@ -121,6 +126,7 @@ def _build(
         raise InputError(f"--mask-mode is {mask_mode!r}; it can be auto, binary or ids")
     config = BuildConfig(samples_per_shard, mask_mode, shuffle_seed)  # type: ignore[arg-type]
     start = time.monotonic()
+    total, done, failed = len(listing.items), 0, len(listing.failures)
     with Progress(
         TextColumn("building"),
         BarColumn(),
@@ -129,40 +135,48 @@ def _build(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        transient=True,  # the table at the end says the same, and an error stands alone
+        disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task("", total=len(listing.items), failed=len(listing.failures))
-        failed = len(listing.failures)
+        task = bar.add_task("", total=total, failed=failed)
 
-        def advance(done: int, failures: int) -> None:
-            nonlocal failed
-            failed += failures
-            bar.update(task, advance=done, failed=failed)
+        def advance(more: int, failures: int) -> None:
+            nonlocal done, failed
+            before, done, failed = done, done + more, failed + failures
+            bar.update(task, completed=done, failed=failed)
+            if not console.is_terminal and 10 * before // total < 10 * done // total:
+                print(
+                    f"building: {done:,} of {total:,} samples, {failed:,} failed", file=sys.stderr
+                )
 
-        manifest = build_shards(listing, output, config, processes, advance)
+        try:
+            manifest = build_shards(listing, output, config, processes, advance)
+        except KeyboardInterrupt:  # the framework would print a bare "Aborted"
+            raise _Interrupted from None
     _summary(manifest, time.monotonic() - start)
 
 
 def _summary(manifest: Manifest, seconds: float) -> None:
-    table = Table(title=str(manifest.root), show_header=False, title_justify="left")
+    table = Table(title=Text(str(manifest.root)), show_header=False, title_justify="left")
     table.add_row("samples", f"{manifest.samples:,}")
+    for name in ("masks", "labels"):
+        count = sum(getattr(shard, name) for shard in manifest.shards)
+        table.add_row(f"with {name}", f"{count:,}")
+    table.add_row("classes", f"{len(manifest.classes):,}")
     table.add_row("shards", f"{len(manifest.shards):,}")
     table.add_row("size", f"{manifest.bytes / 2**20:,.1f} MiB")
-    table.add_row("classes", str(len(manifest.classes)) if manifest.classes else "no labels")
     table.add_row("time", f"{seconds:.1f} s")
     if manifest.failures:
-        table.add_row("[red]failed[/]", f"{manifest.failures:,}: see {manifest.root / FAILURES}")
+        where = Text(f"{manifest.failures:,}: see {manifest.root / FAILURES}", overflow="fold")
+        table.add_row("[red]failed[/]", where)
     console.print(table)
     if manifest.failures:
         for reason, count in list(failure_counts(manifest.root).items())[:10]:
-            console.print(f"  {count:>7,}  {reason}", markup=False, soft_wrap=True)
+            console.print(f"  {count:>7,}  {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _class_names(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a list of class names ({error})") from None
-    return tuple(line.strip() for line in lines if line.strip())
+class _Interrupted(Exception):
+    """Ctrl-C during a build, after everything has been put in order."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -172,8 +186,15 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"maskbank: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"maskbank: {error}", file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"maskbank: {what}", file=sys.stderr)
         sys.exit(1)
+    except (_Interrupted, KeyboardInterrupt):
+        print(
+            "maskbank: interrupted; run the same command again to go on: finished shards are kept",
+            file=sys.stderr,
+        )
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, math, pipeline_def, types
-from nvidia.dali.plugin.pytorch import feed_ndarray
 from numpy.typing import NDArray
+from nvidia import dali
+from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
 from data_pipeline.fetch import FetchedSample
 from data_pipeline.views import GREY_WEIGHTS, IMAGENET_MEAN, IMAGENET_STD, View
+
+fn: Any = dali.fn
+types: Any = dali.types
 
 _VIEW_NAMES = ("query", "key")
 _COLOUR_CENTRE = 128.0  # the fixed centre of color_twist's contrast on 8-bit images
@@ -72,7 +75,8 @@ class DaliLoader:
         images = [self._to_torch(output, torch.float32) for output in outputs[:2]]
         masks = [self._to_torch(output, torch.uint8)[..., 0] for output in outputs[2:]]
         sample_ids = torch.tensor([sample.sample_id for sample in samples]).to(self.device)
-        return Batch(*(image.permute(0, 3, 1, 2) for image in images), *masks, sample_ids)
+        query, key = (image.permute(0, 3, 1, 2) for image in images)
+        return Batch(query, key, masks[0], masks[1], sample_ids)
 
     def close(self) -> None:
         del self._pipeline
@@ -85,7 +89,7 @@ class DaliLoader:
         return tensor
 
 
-@pipeline_def
+@dali.pipeline_def  # type: ignore[untyped-decorator]
 def _two_view_graph(image_size: int, decoder: str) -> tuple[Any, ...]:
     encoded = fn.external_source(name="image", ndim=1, dtype=types.UINT8)
     image = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
@@ -119,7 +123,7 @@ def _colour(crop: Any, name: str) -> Any:
     mean = fn.reductions.mean(crop, axes=(0, 1), dtype=types.FLOAT)
     grey_mean = fn.reductions.sum(mean * weights, axes=(0,))
     moved = factor["brightness"] * (1.0 - factor["contrast"]) * (grey_mean - _COLOUR_CENTRE)
-    return math.clamp(twisted + moved, 0.0, 255.0)
+    return dali.math.clamp(twisted + moved, 0.0, 255.0)
 
 
 def _normalise(image: Any, flip: Any) -> Any:

@@ -1,6 +1,7 @@
 """From positions to what a loader has to decode: bytes read and checked, views drawn and chosen."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.order import SampleOrder
 from data_pipeline.reader import SampleReader
-from data_pipeline.sample import IGNORE, UInt8, decode_grey
+from data_pipeline.sample import IGNORE, MASK, UInt8, decode_grey
 from data_pipeline.views import View, ViewConfig, choose_window, draw_views
 
 MAX_SUBSTITUTES = 16
@@ -66,6 +67,7 @@ class Fetcher:
         self.bad_samples = 0
         self.invalid_views = 0
         self._reported: set[str] = set()
+        self._lock = threading.Lock()  # for the counts, and for the order, which has a cache
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
 
     def fetch(self, positions: NDArray[np.int64]) -> list[FetchedSample]:
@@ -99,14 +101,19 @@ class Fetcher:
     def _places(self, position: int, shard: int, sample: int) -> Iterator[tuple[int, int]]:
         yield shard, sample
         for attempt in range(MAX_SUBSTITUTES):
-            yield self.order.substitute(position, attempt)
+            with self._lock:
+                place = self.order.substitute(position, attempt)
+            yield place
 
     def _load(self, position: int, shard: int, sample: int) -> FetchedSample:
         name = self.reader.describe(shard, sample)
         raw = self.reader.read(shard, sample)
         if raw.mask is None:
             raise SampleError("mask", f"{name} has no mask")
-        mask = decode_grey(raw.mask, "mask")
+        try:
+            mask = decode_grey(raw.mask, "mask")
+        except SampleError as error:
+            raise SampleError("mask", f"{name}.{MASK} {error.reason}") from None
         height, width = self.reader.index.shard(shard).sizes[sample].tolist()
         if mask.shape != (height, width):
             raise SampleError("mask", f"{name}: the mask does not have its image's size")
@@ -126,7 +133,9 @@ class Fetcher:
         )
 
     def _report(self, error: SampleError, attempt: int) -> None:
-        self.bad_samples += 1
-        if error.reason not in self._reported:
+        with self._lock:
+            self.bad_samples += 1
+            known = error.reason in self._reported
             self._reported.add(error.reason)
+        if not known:
             log.warning("bad sample replaced: %s (attempt %d)", error, attempt)

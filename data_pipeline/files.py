@@ -1,9 +1,10 @@
 """Files that are either whole or absent: written aside, synced, then renamed."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,7 +13,7 @@ from data_pipeline.errors import InputError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Yields a file that takes the place of `path` once the block ends, and only if it ends well."""
+    """Yields a file that takes the place of `path` once the block ends, if it ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -21,32 +22,51 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def encode_json(value: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8; a file name that is not UTF-8 survives as `\\udcXX` escapes."""
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Writes `value` as JSON, atomically."""
     with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=indent, ensure_ascii=False).encode() + b"\n")
+        file.write(encode_json(value, indent) + b"\n")
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Reads a JSON object.
+def read_bytes(path: Path, what: str, remedy: str) -> bytes:
+    """Reads a small file; InputError, with what to do about it, where that fails."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read ({error.strerror}): {remedy}") from None
+
+
+def parse_json(data: bytes, path: Path, what: str, remedy: str) -> dict[str, Any]:
+    """Parses the JSON object that was read from `path`.
 
     Raises:
-        InputError: the file is missing, unreadable or holds something else.
+        InputError: `data` is something else; names the file and what to do about it.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{what} {path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{what} {path} is not JSON ({error}); it is damaged") from None
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what} {path} is damaged, not JSON ({error}): {remedy}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{what} {path} holds no JSON object; it is damaged or of another program")
+        raise InputError(f"{what} {path} is damaged, it holds no JSON object: {remedy}")
     return value
+
+
+def read_json(
+    path: Path, what: str, remedy: str = "copy it here again or write it again"
+) -> dict[str, Any]:
+    """Reads a JSON object; raises InputError as `read_bytes` and `parse_json` do."""
+    return parse_json(read_bytes(path, what, remedy), path, what, remedy)
 
 
 def sync_directory(folder: Path) -> None:
@@ -54,5 +74,28 @@ def sync_directory(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes that ask for it out of `folder`; ends with the process, however.
+
+    Raises:
+        InputError: another process is writing there.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is writing to {folder} at this moment; wait until it has ended, "
+                "or give --output another folder"
+            ) from None
+        except OSError:
+            pass  # a network file system without locks: two builds at once are the user's care
+        yield
     finally:
         os.close(descriptor)

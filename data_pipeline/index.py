@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import read_json
+from data_pipeline.files import parse_json, read_bytes
 from data_pipeline.manifest import Manifest
 from data_pipeline.sample import IMAGE_COMPONENTS, INFO, LABEL, MASK
 
 INDEX_VERSION = 1
 _SLOTS = ("image", MASK, LABEL, INFO)
+_REMEDY = "copy the whole folder here again or build the shards again"
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,24 @@ class DatasetIndex:
 
     def _load(self, number: int) -> ShardIndex:
         entry = self.manifest.shards[number]
-        path = self.manifest.root / entry.name.replace(".tar", ".json")
-        value = read_json(path, "shard index")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != entry.index_sha256:
+        path = self.manifest.root / (entry.name.removesuffix(".tar") + ".json")
+        data = read_bytes(path, "shard index", _REMEDY)
+        if hashlib.sha256(data).hexdigest() != entry.index_sha256:
             raise InputError(
-                f"{path} is not the index that the manifest describes; the shard was built again "
-                "or changed: copy the whole folder again or build it again"
+                f"{path} is not the index that the manifest describes; it is damaged, or the shard "
+                f"was built again: {_REMEDY}"
             )
         try:
-            return _parse(value["samples"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is damaged: {error}; build the shards again") from None
+            index = _parse(parse_json(data, path, "shard index", _REMEDY)["samples"])
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} is damaged: {error}; {_REMEDY}") from None
+        if len(index.keys) != entry.samples:
+            raise InputError(
+                f"{path} lists {len(index.keys)} samples, the manifest {entry.samples}: {_REMEDY}"
+            )
+        return index
 
 
 def _parse(samples: list[dict[str, Any]]) -> ShardIndex:

@@ -94,7 +94,7 @@ class BatchStream:
         order = SampleOrder(index.counts, seed, window)
         self.fetcher = Fetcher(SampleReader(index), order, views, threads)
         self.wait_seconds = 0.0
-        self._positions = lambda step: batch_positions(step, batch_size, rank, world_size)
+        self._part = (batch_size, rank, world_size)
         self._loader = make_loader(
             loader, batch_size // world_size, views.image_size, threads, device
         )
@@ -130,7 +130,8 @@ class BatchStream:
     def _work(self, step: int) -> None:
         try:
             while not self._stop.is_set():
-                self._put(self._loader.load(self.fetcher.fetch(self._positions(step))))
+                positions = batch_positions(step, *self._part)
+                self._put(self._loader.load(self.fetcher.fetch(positions)))
                 step += 1
         except BaseException as error:  # handed to the training thread, which raises it
             self._put(error)

@@ -1,6 +1,7 @@
 """`manifest.json`: which shards a data set has, their counts, sizes and checksums."""
 
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from data_pipeline.files import read_json, write_json
 FORMAT = "maskbank-shards"
 VERSION = 1
 FILE_NAME = "manifest.json"
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
+_REMEDY = "copy it here again or build the shards again"
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def read_manifest(root: Path | str) -> Manifest:
             f"{root} holds no {FILE_NAME}, so it is no finished set of shards; "
             "make one with `maskbank shards build`, or run an interrupted build again"
         )
-    value = read_json(path, "manifest")
+    value = read_json(path, "manifest", _REMEDY)
     if value.get("format") != FORMAT or value.get("version") != VERSION:
         raise InputError(
             f"{path} is of format {value.get('format')!r} version {value.get('version')!r}; "
@@ -84,13 +88,18 @@ def read_manifest(root: Path | str) -> Manifest:
     try:
         manifest = Manifest(
             root,
-            tuple(ShardEntry(**shard) for shard in value["shards"]),
+            tuple(_shard_entry(shard) for shard in value["shards"]),
             tuple(str(name) for name in value["classes"]),
             int(value["failures"]),
             dict(value["configuration"]),
         )
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}; build the shards again") from None
+    except KeyError as error:
+        raise InputError(f"{path} is damaged: it lacks {error}; {_REMEDY}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}; {_REMEDY}") from None
+    names = [shard.name for shard in manifest.shards]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path} is damaged: it lists one shard twice; {_REMEDY}")
     for shard in manifest.shards:
         _check_shard(root, shard)
     if manifest.samples == 0:
@@ -110,19 +119,28 @@ def require_component(manifest: Manifest, component: str, purpose: str) -> None:
             )
 
 
+def _shard_entry(value: dict[str, Any]) -> ShardEntry:
+    """Raises TypeError or ValueError for a value of the wrong kind."""
+    entry = ShardEntry(**value)
+    for field in fields(entry):
+        found = getattr(entry, field.name)
+        if type(found) is not field.type or (isinstance(found, int) and found < 0):
+            raise ValueError(f"shard {entry.name!r} has {field.name} {found!r}")
+    if not _SHARD_NAME.fullmatch(entry.name):  # also keeps the name inside the folder
+        raise ValueError(f"it names the shard {entry.name!r}, expected NAME.tar")
+    return entry
+
+
 def _check_shard(root: Path, shard: ShardEntry) -> None:
-    if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
-        raise InputError(f"{root / FILE_NAME} names the shard {shard.name!r}; expected NAME.tar")
     path = root / shard.name
     try:
         size = path.stat().st_size
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}), but the manifest lists it; "
-            "copy it here again or build the shards again"
+            f"{path} cannot be read ({error.strerror}), but the manifest lists it; {_REMEDY}"
         ) from None
     if size != shard.bytes:
         raise InputError(
             f"{path} has {size:,} bytes, the manifest says {shard.bytes:,}; it was cut short or "
-            "changed: copy it here again or build the shards again"
+            f"changed: {_REMEDY}"
         )

@@ -99,7 +99,7 @@ class SampleOrder:
 
 
 def batch_positions(step: int, batch_size: int, rank: int, world_size: int) -> Int64:
-    """Global positions, int64 [batch_size / world_size], of this rank's part of global batch `step`."""
+    """Global positions of this rank's part of global batch `step`: int64 [batch_size / W]."""
     if batch_size % world_size:
         raise ValueError(f"batch size {batch_size} is not divisible by {world_size} ranks")
     local = batch_size // world_size

@@ -70,13 +70,14 @@ def augment_image(image: Tensor, view: View, size: int) -> Tensor:
     grey_mean = pixels.mean((0, 1)) @ torch.tensor(GREY_WEIGHTS)
     coloured = pixels @ torch.from_numpy(matrix.T.astype(np.float32)) + grey_gain * grey_mean
     mean, std = 255 * torch.tensor(IMAGENET_MEAN), 255 * torch.tensor(IMAGENET_STD)
-    return (coloured.clamp(0, 255) - mean) / std
+    normalised: Tensor = (coloured.clamp(0, 255) - mean) / std
+    return normalised
 
 
 def crop_mask(mask: Tensor, view: View, size: int) -> Tensor:
     """Crop, resize to the nearest pixel, flip: uint8 [H, W] to uint8 [size, size]."""
     top, left, height, width = view.windows[0].tolist()
-    crop = F.resize(
+    crop: Tensor = F.resize(
         mask[None, top : top + height, left : left + width],
         [size, size],
         interpolation=InterpolationMode.NEAREST_EXACT,

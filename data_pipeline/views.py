@@ -168,7 +168,7 @@ def _draw_view(draw: np.random.Generator, height: int, width: int, config: ViewC
 def _draw_windows(
     uniform: NDArray[np.float64], height: int, width: int, config: ViewConfig
 ) -> NDArray[np.int32]:
-    """Random resized crops (torchvision's, with its centre crop at the end) from uniforms [n, 4]."""
+    """Random resized crops from uniforms [n, 4]; torchvision's, its centre crop at the end."""
     scale = config.min_scale + (config.max_scale - config.min_scale) * uniform[:, 0]
     low, high = math.log(config.min_ratio), math.log(config.max_ratio)
     ratio = np.exp(low + (high - low) * uniform[:, 1])

@@ -72,9 +72,10 @@ class WholeImages:
             label = decode_grey(raw.label, "label")
             mask = None if raw.mask is None else decode_grey(raw.mask, "mask")
         except SampleError as error:
+            what = error.reason if name in error.reason else f"{name}: {error}"
             raise InputError(
-                f"{name} in {self.manifest.root}: {error}; evaluation needs every sample: copy the "
-                "shard here again or build it again"
+                f"{self.manifest.root / what}; evaluation needs every sample: copy the shard here "
+                "again or build the shards again"
             ) from None
         pixels = F.resize(
             image, [self.size, self.size], interpolation=InterpolationMode.BICUBIC, antialias=True
@@ -83,16 +84,14 @@ class WholeImages:
 
     def batches(self, sample_ids: NDArray[np.int64], size: int) -> Iterator[list[WholeImage]]:
         """The images of these numbers, `size` at a time, read ahead by one batch."""
-        parts = [sample_ids[i : i + size] for i in range(0, len(sample_ids), size)]
+        parts = [sample_ids[i : i + size].tolist() for i in range(0, len(sample_ids), size)]
         with ThreadPoolExecutor(self.threads) as pool:
-            ahead = [pool.submit(self.read, int(number)) for number in (parts or [[]])[0]]
+            current = [pool.submit(self.read, number) for number in parts[0]] if parts else []
             for following in [*parts[1:], []]:
-                current, ahead = (
-                    ahead,
-                    [pool.submit(self.read, int(number)) for number in following],
-                )
+                ahead = [pool.submit(self.read, number) for number in following]
                 if current:
                     yield [future.result() for future in current]
+                current = ahead
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -104,4 +103,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 def resize_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
     """Integers [H, W] to [*size], each pixel the nearest one."""
-    return F.resize(values[None], list(size), interpolation=InterpolationMode.NEAREST_EXACT)[0]
+    resized: Tensor = F.resize(
+        values[None], list(size), interpolation=InterpolationMode.NEAREST_EXACT
+    )[0]
+    return resized

@@ -1,7 +1,11 @@
 """Command line of the evaluations: `maskbank evaluate …`; under torchrun they share the work."""
 
 import logging
+import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -13,8 +17,9 @@ from data_pipeline.errors import InputError
 from data_pipeline.manifest import read_manifest
 from evaluation.cluster import ClusterConfig
 from evaluation.examples import write_examples
+from evaluation.features import require_labelled
 from evaluation.kmeans import KMeansConfig, evaluate_kmeans
-from evaluation.linear_probe import LinearConfig, evaluate_linear
+from evaluation.linear_probe import LinearConfig, evaluate_linear, require_comparable
 from evaluation.prototypes import PrototypeConfig
 from evaluation.report import write_report
 from evaluation.result import Result
@@ -46,12 +51,17 @@ def kmeans(
     size: Size = 512,
     clusters: Annotated[int, typer.Option(help="K; 0: the classes without background.")] = 0,
     foreground: Annotated[str, typer.Option(help="Threshold on: logit or probability.")] = "logit",
+    threshold: Annotated[float, typer.Option(help="Of a pixel that is foreground.")] = 0.5,
     pooling: Annotated[str, typer.Option(help="weighted (published) or normalized.")] = "weighted",
     method: Annotated[str, typer.Option(help="minibatch (published) or full.")] = "minibatch",
     starts: Annotated[int, typer.Option(help="Starts of K-means, the best is kept.")] = 3,
     pca: Annotated[int, typer.Option(help="Whitened PCA to so many; 0: none.")] = 32,
     seeds: Annotated[int, typer.Option(help="Clusterings, from seed 1234 on.")] = 5,
     criterion: Annotated[str, typer.Option(help="Matching on iou or count.")] = "iou",
+    many_to_one: Annotated[
+        bool, typer.Option("--many-to-one", help="Each cluster its best class (over-clustering).")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 16,
     examples: Annotated[int, typer.Option(help="Pictures kept for the report.")] = 12,
     precision: Precision = "float32",
     device: Device = "auto",
@@ -60,24 +70,25 @@ def kmeans(
 
     Example: `maskbank evaluate kmeans runs/demo --shards shards/val`
     """
-    _choice("--foreground", foreground, "logit", "probability")
-    _choice("--pooling", pooling, "weighted", "normalized")
-    _choice("--method", method, "minibatch", "full")
-    _choice("--criterion", criterion, "iou", "count")
-    options: dict[str, Any] = {"foreground": foreground, "pooling": pooling}
+    # the configurations check what is text here
+    prototype: dict[str, Any] = {"foreground": foreground, "pooling": pooling}
     cluster: dict[str, Any] = {"clusters": clusters, "method": method, "starts": starts, "pca": pca}
-    config = KMeansConfig(
-        size=size,
-        prototype=PrototypeConfig(**options),
-        cluster=ClusterConfig(**cluster, seeds=tuple(range(1234, 1234 + max(1, seeds)))),
-        criterion=criterion,  # type: ignore[arg-type]
-        precision=precision,
-    )
+    matching: dict[str, Any] = {"criterion": criterion, "many_to_one": many_to_one}
+    with _same_on_all_ranks():
+        config = KMeansConfig(
+            size=size,
+            prototype=PrototypeConfig(**prototype, threshold=threshold),
+            cluster=ClusterConfig(**cluster, seeds=tuple(range(1234, 1234 + seeds))),
+            **matching,
+            batch_size=batch_size,
+            precision=precision,
+        )
+        encoder, manifest = load_encoder(run, initial), read_manifest(shards)
+        require_labelled(manifest)
     ranks = _start(device)
-    encoder, manifest = load_encoder(run, initial), read_manifest(shards)
     network = "initial" if initial else "trained"
     result, clustering = evaluate_kmeans(
-        encoder, manifest, config, ranks, network, threads=cores_per_rank()
+        encoder, manifest, config, ranks, network, cores_per_rank()
     )
     if ranks.is_main and examples > 0:
         folder = run / "evaluation"
@@ -109,28 +120,25 @@ def linear(
 
     Example: `maskbank evaluate linear runs/demo --train-shards shards/train --shards shards/val`
     """
-    config = LinearConfig(
-        size=size,
-        epochs=epochs,
-        decay_epoch=decay_epoch,
-        batch_size=batch_size,
-        lr=lr,
-        augment=augment,
-        select=select,
-        evaluate_every=evaluate_every,
-        precision=precision,
-        seeds=tuple(range(max(1, seeds))),
-    )
+    with _same_on_all_ranks():
+        config = LinearConfig(
+            size=size,
+            epochs=epochs,
+            decay_epoch=decay_epoch,
+            batch_size=batch_size,
+            lr=lr,
+            augment=augment,
+            select=select,
+            evaluate_every=evaluate_every,
+            precision=precision,
+            seeds=tuple(range(seeds)),
+        )
+        encoder = load_encoder(run, initial)
+        train, test = read_manifest(train_shards), read_manifest(shards)
+        require_comparable(train, test)
     ranks = _start(device)
-    result = evaluate_linear(
-        load_encoder(run, initial),
-        read_manifest(train_shards),
-        read_manifest(shards),
-        config,
-        ranks,
-        "initial" if initial else "trained",
-        threads=cores_per_rank(),
-    )
+    network = "initial" if initial else "trained"
+    result = evaluate_linear(encoder, train, test, config, ranks, network, cores_per_rank())
     _finish(result, run, ranks)
 
 
@@ -161,19 +169,30 @@ def _finish(result: Result, run: Path, ranks: Ranks) -> None:
     end_ranks()
 
 
-def _choice(option: str, value: str, *allowed: str) -> None:
-    if value not in allowed:
-        raise InputError(f"{option} is {value!r}; it can be {' or '.join(allowed)}")
+@contextmanager
+def _same_on_all_ranks() -> Iterator[None]:
+    """What is wrong in here is wrong on every rank as a rule: rank 0 says so and ends the others.
+
+    They wait for that, since torchrun ends all ranks with the first that leaves.
+    """
+    try:
+        yield
+    except (InputError, OSError):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(30)
+        raise
 
 
 def main(arguments: list[str] | None = None) -> None:
+    rank = os.environ.get("RANK", "0")
+    speaker = "maskbank" if rank == "0" else f"maskbank: rank {rank}"
     try:
         app(args=arguments, prog_name="maskbank evaluate")
     except InputError as error:
-        print(f"maskbank: {error}", file=sys.stderr, flush=True)
+        print(f"{speaker}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
-        print(f"maskbank: {error}", file=sys.stderr, flush=True)
+        print(f"{speaker}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

@@ -80,7 +80,8 @@ def whiten(points: NDArray[np.float64], dimensions: int, seed: int = 0) -> NDArr
     size of what was learned. So n points give n − 1 columns at most, and equal points none.
     """
     dimensions = min(dimensions, len(points) - 1, points.shape[1])
-    model = PCA(dimensions, random_state=seed).fit(points)
+    with np.errstate(invalid="ignore"):  # its share of no variance at all, where points are equal
+        model = PCA(dimensions, random_state=seed).fit(points)
     kept = model.explained_variance_ > _NO_VARIANCE
     projected = model.transform(points)[:, kept]
     white: NDArray[np.float64] = projected / np.sqrt(model.explained_variance_[kept])

@@ -97,7 +97,10 @@ def evaluate_kmeans(
     network: str = "trained",
     threads: int = 2,
 ) -> tuple[Result, Clustering]:
-    """K-means mIoU on labelled shards; the same on every rank and for any number of ranks."""
+    """K-means mIoU on labelled shards; the same on every rank.
+
+    And for any number of ranks, but for the network's rounding, where that depends on the batch.
+    """
     start = time.monotonic()
     statistics = collect_statistics(encoder, manifest, config, ranks, threads)
     require_pixels(_binary(statistics), manifest)

@@ -24,6 +24,7 @@ from evaluation.features import (
     own_batches,
     own_samples,
     precision,
+    require_labelled,
     require_pixels,
     require_precision,
     shown,
@@ -91,11 +92,7 @@ def evaluate_linear(
     The sums that it learns from are those over all ranks, so the ranks change it by rounding only.
     """
     start = time.monotonic()
-    if train_manifest.classes != test_manifest.classes:
-        raise InputError(
-            f"{train_manifest.root} and {test_manifest.root} have different classes; "
-            "build both from one data set"
-        )
+    require_comparable(train_manifest, test_manifest)
     encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     train_images = open_labelled(train_manifest, config.size, threads)
     test_images = open_labelled(test_manifest, config.size, threads)
@@ -117,6 +114,16 @@ def evaluate_linear(
         time.monotonic() - start,
         asdict(config),
     )
+
+
+def require_comparable(train: Manifest, test: Manifest) -> None:
+    """Raises InputError unless both have labels, and of the same classes."""
+    require_labelled(train)
+    require_labelled(test)
+    if train.classes != test.classes:
+        raise InputError(
+            f"{train.root} and {test.root} have different classes; build both from one data set"
+        )
 
 
 class _FeatureSet:

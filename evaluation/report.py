@@ -39,6 +39,7 @@ PROTOCOLS = {"kmeans": "K-means", "linear": "Linear classifier"}
 NETWORKS = ("trained", "initial")
 MAX_EXAMPLES = 12
 MAX_CONFUSION = 30
+
 # key in metrics.jsonl, title, what the reader sees in it, factor to the shown unit, unit
 CURVES = (
     ("loss_contrastive", "Contrastive loss", "pixels against mask prototypes", 1.0, ""),

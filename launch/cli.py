@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from launch.demo import run_demo
+from launch.demo import DemoScale, run_demo
 from launch.torchrun import module_command, run, torchrun_command
 
 app = typer.Typer(
@@ -26,12 +26,15 @@ NumProcesses = Annotated[
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("runs/demo"),
     num_processes: NumProcesses = 2,
+    scenes: Annotated[int, typer.Option(min=8, help="Scenes to train on.")] = 2000,
+    steps: Annotated[int, typer.Option(min=0, help="Training steps; 0: the recipe's.")] = 0,
 ) -> None:
     """Scenes → shards → training on 2 ranks → measures → report.html, in a few minutes on a CPU.
 
     Example: `maskbank demo --output runs/demo`
     """
-    sys.exit(run_demo(output, num_processes))
+    scale = DemoScale(train_scenes=scenes, test_scenes=max(8, scenes // 5), steps=steps)
+    sys.exit(run_demo(output, num_processes, scale))
 
 
 @app.command(context_settings=_FORWARD)
@@ -40,12 +43,15 @@ def shards(context: typer.Context) -> None:
     sys.exit(run(module_command("data_pipeline.cli", context.args)))
 
 
-@app.command(context_settings={"allow_extra_args": True})
+@app.command()
 def train(
-    context: typer.Context,
     recipe: Annotated[Optional[str], typer.Option(help="A recipe that comes along.")] = None,  # noqa: UP045 (typer)
     config: Annotated[Optional[Path], typer.Option(help="A YAML file over the recipe.")] = None,  # noqa: UP045
     num_processes: NumProcesses = 1,
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings over both."),
+    ] = None,
 ) -> None:
     """Train a pixel encoder; settings as `key=value` win over recipe and file.
 
@@ -54,7 +60,7 @@ def train(
     Example: `maskbank train --recipe demo_cpu --nproc 2 data.shards=shards/train
     run.directory=runs/mine run.steps=500`
     """
-    arguments = list(context.args)
+    arguments = list(settings or [])
     if config is not None:
         arguments = ["--config", str(config), *arguments]
     if recipe is not None:

@@ -13,10 +13,24 @@ from launch.torchrun import module_command, rank_environment, run, torchrun_comm
 
 console = Console(stderr=True)
 
-TRAIN_SCENES = 2000
-TEST_SCENES = 400
-SCENE_SIZE = 128
-EVALUATION_SIZE = 128
+SCENE_SIZE = 128  # pixels, about
+EVALUATION_SIZE = 96
+
+
+@dataclass(frozen=True)
+class DemoScale:
+    """How much is done.
+
+    Attributes:
+        train_scenes, test_scenes: generated.
+        steps: of training; 0 takes the recipe's.
+        linear_epochs: of the linear classifier.
+    """
+
+    train_scenes: int = 2000
+    test_scenes: int = 400
+    steps: int = 0
+    linear_epochs: int = 8
 
 
 @dataclass(frozen=True)
@@ -28,10 +42,10 @@ class Step:
     num_processes: int = 1
 
 
-def run_demo(output: Path, num_processes: int) -> int:
+def run_demo(output: Path, num_processes: int, scale: DemoScale) -> int:
     """Runs all steps; returns the exit status of the first that fails, or 0."""
     start = time.monotonic()
-    steps = demo_steps(output, num_processes)
+    steps = demo_steps(output, num_processes, scale)
     for number, step in enumerate(steps, 1):
         console.rule(f"{number}/{len(steps)} {step.title}", align="left")
         for command in step.commands:
@@ -44,15 +58,18 @@ def run_demo(output: Path, num_processes: int) -> int:
     return 0
 
 
-def demo_steps(output: Path, num_processes: int) -> list[Step]:
+def demo_steps(output: Path, num_processes: int, scale: DemoScale) -> list[Step]:
     """The demo as commands; steps that are done already are quick or go on where they stopped."""
     train, test, run_folder = output / "shards/train", output / "shards/test", output
+    settings = [f"data.shards={train}", f"run.directory={run_folder}"]
+    if scale.steps:
+        settings.append(f"run.steps={scale.steps}")
     return [
         Step(
             "scenes into shards",
             (
-                _scenes(train, TRAIN_SCENES, seed=1),
-                _scenes(test, TEST_SCENES, seed=2),
+                _scenes(train, scale.train_scenes, seed=1),
+                _scenes(test, scale.test_scenes, seed=2),
             ),
         ),
         Step(
@@ -60,18 +77,16 @@ def demo_steps(output: Path, num_processes: int) -> list[Step]:
             (
                 torchrun_command(
                     "trainer.train",
-                    [
-                        *("--recipe", "demo_cpu"),
-                        f"data.shards={train}",
-                        f"run.directory={run_folder}",
-                    ],
+                    ["--recipe", "demo_cpu", *settings],
                     num_processes,
                 ),
             ),
             num_processes,
         ),
         Step("K-means, network before and after", _both(_kmeans(run_folder, test)), 2),
-        Step("linear classifier, before and after", _both(_linear(run_folder, train, test)), 2),
+        Step(
+            "linear classifier, before and after", _both(_linear(run_folder, train, test, scale)), 2
+        ),
         Step("report", (module_command("evaluation.cli", ["report", str(run_folder)]),)),
     ]
 
@@ -87,10 +102,11 @@ def _kmeans(run_folder: Path, test: Path) -> list[str]:
     return module_command("evaluation.cli", [*arguments, "--size", str(EVALUATION_SIZE)])
 
 
-def _linear(run_folder: Path, train: Path, test: Path) -> list[str]:
+def _linear(run_folder: Path, train: Path, test: Path, scale: DemoScale) -> list[str]:
     arguments = ["linear", str(run_folder), "--train-shards", str(train), "--shards", str(test)]
     arguments += ["--size", str(EVALUATION_SIZE), "--no-augment", "--precision", "bf16"]
-    arguments += ["--epochs", "8", "--decay-epoch", "6", "--select", "last"]
+    epochs, decay_epoch = scale.linear_epochs, max(1, scale.linear_epochs * 3 // 4)
+    arguments += ["--epochs", str(epochs), "--decay-epoch", str(decay_epoch), "--select", "last"]
     return module_command("evaluation.cli", arguments)
 
 

@@ -103,7 +103,9 @@ def test_unknown_recipe_and_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def test_only_what_changes_the_result_keeps_a_run_from_going_on() -> None:
     before = load_config("demo_cpu")
-    faster = load_config("demo_cpu", None, ["run.log_every=1", "data.loader=torch", "run.threads=3"])
+    faster = load_config(
+        "demo_cpu", None, ["run.log_every=1", "data.loader=torch", "run.threads=3"]
+    )
     assert resume_difference(before, faster) == ""
     changed = load_config("demo_cpu", None, ["optim.lr=0.01"])
     assert "optim.lr was" in resume_difference(before, changed)

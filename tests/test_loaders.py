@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,5 +161,5 @@ def test_an_error_in_the_background_reaches_the_trainer(manifest: Manifest) -> N
 
 
 def test_unknown_backends_are_refused() -> None:
-    with pytest.raises(InputError, match="data.loader is 'ffcv'"):
+    with pytest.raises(InputError, match=r"data.loader is 'ffcv'"):
         make_loader("ffcv", 1, 64, 1, CPU)

@@ -104,7 +104,10 @@ def test_no_pixels_give_a_zero_that_is_attached() -> None:
 
 
 def test_proposals_count_where_both_views_hold_enough() -> None:
-    query, key = torch.zeros(2, 10, 10, dtype=torch.uint8), torch.zeros(2, 10, 10, dtype=torch.uint8)
+    query, key = (
+        torch.zeros(2, 10, 10, dtype=torch.uint8),
+        torch.zeros(2, 10, 10, dtype=torch.uint8),
+    )
     query[0, :2], query[0, 5], query[0, 7], query[0, 9] = 1, 2, 255, 254
     key[0, :1], key[0, 5, :4], key[0, 7], key[0, 9] = 1, 2, 255, 254
     query[1], key[1, 0] = 9, 8

@@ -96,10 +96,10 @@ def test_content_after_resume_on_other_ranks_equals_that_before() -> None:
 
 def test_a_bank_of_other_width_is_refused() -> None:
     state = ShardedMemoryBank(4, 8, ONE_RANK).state()
-    with pytest.raises(InputError, match="8 numbers.*embedding_dim is 16"):
+    with pytest.raises(InputError, match=r"8 numbers.*embedding_dim is 16"):
         ShardedMemoryBank(4, 16, ONE_RANK).load_state(state)
 
 
 def test_negative_capacity_is_refused() -> None:
-    with pytest.raises(InputError, match="bank.capacity is -1"):
+    with pytest.raises(InputError, match=r"bank.capacity is -1"):
         ShardedMemoryBank(-1, 8, ONE_RANK)

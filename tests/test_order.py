@@ -69,4 +69,11 @@ def test_substitutes_are_spread_and_repeatable() -> None:
 
 def test_the_order_is_pinned() -> None:
     """A change here changes what every resumed run sees: raise the checkpoint's version with it."""
-    assert located(SampleOrder([4, 3, 5], seed=11, window=2), 0, 6) == [(2, 4), (2, 0), (1, 1), (2, 1), (1, 2), (1, 0)]
+    assert located(SampleOrder([4, 3, 5], seed=11, window=2), 0, 6) == [
+        (2, 4),
+        (2, 0),
+        (1, 1),
+        (2, 1),
+        (1, 2),
+        (1, 0),
+    ]

@@ -14,9 +14,7 @@ CONFIG = ViewConfig(image_size=64)
 def test_views_depend_on_seed_epoch_and_position_only() -> None:
     first = draw_views(1, 2, 3, 50, 70, CONFIG)
     for other in ((1, 2, 4), (1, 3, 3), (2, 2, 3)):
-        assert not np.array_equal(
-            draw_views(*other, 50, 70, CONFIG)[0].windows, first[0].windows
-        )
+        assert not np.array_equal(draw_views(*other, 50, 70, CONFIG)[0].windows, first[0].windows)
     again = draw_views(1, 2, 3, 50, 70, CONFIG)
     for a, b in zip(first, again, strict=True):
         assert np.array_equal(a.windows, b.windows)
@@ -102,7 +100,9 @@ def test_colour_matrix_keeps_grey_and_saturation_zero_is_grey() -> None:
     matrix, grey_gain = colour_matrix(view)
     red = matrix @ np.array([200.0, 10, 30])
     assert np.ptp(red) < 0.5
-    assert red.mean() == pytest.approx(1.2 * 0.7 * (0.299 * 200 + 0.587 * 10 + 0.114 * 30), rel=0.01)
+    assert red.mean() == pytest.approx(
+        1.2 * 0.7 * (0.299 * 200 + 0.587 * 10 + 0.114 * 30), rel=0.01
+    )
     assert grey_gain == pytest.approx(1.2 * 0.3)
 
 

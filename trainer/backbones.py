@@ -10,7 +10,7 @@ RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 BACKBONES = ("small", *RESNETS)
 STAGES = {
     "small": ("stem", "layer1", "layer2", "layer3"),
-    **{name: ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4") for name in RESNETS},
+    **dict.fromkeys(RESNETS, ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")),
 }
 
 
@@ -54,7 +54,7 @@ class DenseResNet(nn.Module):
 
 
 class SmallBackbone(nn.Module):
-    """Four basic blocks at stride 4, dilated 1, 1, 2, 4: sees about 100 pixels, runs on a laptop."""
+    """Four basic blocks at stride 4, dilated 1, 2, 2, 4; runs on a laptop."""
 
     channels = 128
 

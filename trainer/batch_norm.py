@@ -16,7 +16,8 @@ def convert_batch_norm(model: nn.Module, ranks: Ranks) -> nn.Module:
     if ranks.world_size == 1:
         return model
     if ranks.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return synced
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.BatchNorm2d:
@@ -50,7 +51,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         wide = input if input.dtype == torch.float64 else input.float()
         count = wide.new_tensor([wide.numel() / wide.shape[1]])
         sums = torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), count])
-        total: Tensor = _SumOverRanks.apply(sums, self.ranks)  # type: ignore[no-untyped-call]
+        total: Tensor = _SumOverRanks.apply(sums, self.ranks)
         n = total[-1]
         mean, mean_square = total[:-1].chunk(2)
         mean, mean_square = mean / n, mean_square / n

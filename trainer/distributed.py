@@ -38,9 +38,9 @@ def start_ranks(device: str, timeout_seconds: float) -> Ranks:
         InputError: cuda was asked for and there is none.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device is {device!r}; it can be auto, cpu or cuda")
+        raise InputError(f"the device is {device!r}; it can be auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda, but torch sees no GPU here; set device=cpu or auto")
+        raise InputError("the device is cuda, but torch sees no GPU here; take cpu or auto")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -107,7 +107,7 @@ def all_gather_rows(rows: Tensor, counts: list[int], ranks: Ranks) -> Tensor:
         return rows
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
-    parts = all_gather_equal(padded, ranks).split(max(counts))
+    parts = torch.split(all_gather_equal(padded, ranks), max(counts))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 

@@ -49,12 +49,12 @@ class DdpEngine:
         """The precision that the networks run in; losses are computed outside of it."""
         if self.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.ranks.device.type, torch.bfloat16)  # type: ignore[return-value]
+        return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
     def accumulating(self, more_follow: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch: exchange gradients only at the last."""
         if more_follow and self._ddp is not None:
-            return self._ddp.no_sync()  # type: ignore[no-any-return]
+            return self._ddp.no_sync()
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:

@@ -36,7 +36,7 @@ def matched_proposals(query_mask: Tensor, key_mask: Tensor, min_share: float) ->
 
 
 def proposal_of_pixel(masks: Tensor, proposals: Tensor) -> Tensor:
-    """Row of `proposals` [M, 2] that each pixel of `masks` [B, H, W] is in, −1 if none: [B, H, W]."""
+    """Row of `proposals` [M, 2] that each pixel of `masks` is in, −1 if none: [B, H, W]."""
     table = torch.full((len(masks), MAX_ID), -1, dtype=torch.int64, device=masks.device)
     table[proposals[:, 0], proposals[:, 1]] = torch.arange(len(proposals), device=masks.device)
     return table.gather(1, masks.flatten(1).long()).view(masks.shape)
@@ -87,7 +87,7 @@ def pixel_contrastive_loss(
     Returns:
         Scalar, attached to `queries` also when N is 0.
     """
-    loss: Tensor = _OnePassLoss.apply(  # type: ignore[no-untyped-call]
+    loss: Tensor = _OnePassLoss.apply(
         queries, targets, prototypes, bank_chunks, temperature, weights
     )
     return loss
@@ -180,7 +180,7 @@ class _OnePassLoss(torch.autograd.Function):
 
 
 def _attend(queries: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of queries [N, D] to keys [K, D] as their own values: [N, D] and log-sum-exp [N]."""
+    """Attention of queries [N, D] to keys [K, D], also values: [N, D] and log-sum-exp [N]."""
     if queries.device.type == "cpu":
         q, k = queries[None, None], keys[None, None]
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -188,7 +188,7 @@ def _attend(queries: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor
         )
         return output[0, 0], lse[0, 0]
     outputs, sums = [], []
-    for rows in queries.split(_FALLBACK_ROWS):
+    for rows in torch.split(queries, _FALLBACK_ROWS):
         logits = rows @ keys.T * scale
         sums.append(logits.logsumexp(1))
         outputs.append((logits - sums[-1][:, None]).exp() @ keys)

@@ -6,6 +6,7 @@ anyway), so it knows who holds which number: enqueuing needs no communication, e
 the union of the shards is the content of one first-in-first-out queue.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -73,7 +74,7 @@ class ShardedMemoryBank:
             gathered.append(parts)
         self._pending = None
         keys, sample_ids = (self._in_order(parts) for parts in gathered)
-        yield from zip(keys.split(size), sample_ids.split(size), strict=True)
+        yield from zip(torch.split(keys, size), torch.split(sample_ids, size), strict=True)
 
     @torch.no_grad()
     def enqueue(self, prototypes: Tensor, sample_ids: Tensor, counts: list[int]) -> None:
@@ -114,7 +115,7 @@ class ShardedMemoryBank:
         self.next_sequence = int(state["next_sequence"])
         first = self.next_sequence - count
         edges = [count * rank // self.ranks.world_size for rank in range(self.ranks.world_size + 1)]
-        spans = list(zip(edges, edges[1:], strict=False))
+        spans = list(itertools.pairwise(edges))
         self.runs = deque(
             Run(first + start, end - start, rank)
             for rank, (start, end) in enumerate(spans)

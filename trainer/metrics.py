@@ -89,9 +89,7 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(  # type: ignore[no-untyped-call]
-                str(run / "tensorboard"), purge_step=first_step
-            )
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
         self._console = Console(stderr=True)
         self._last_line = 0.0
         self._progress = Progress(
@@ -115,7 +113,7 @@ class MetricsLog:
         if self._board is not None:
             for name, value in row.items():
                 if name != "step":
-                    self._board.add_scalar(name, value, row["step"])  # type: ignore[no-untyped-call]
+                    self._board.add_scalar(name, value, row["step"])
         self._show(row)
 
     def advance(self, step: int) -> None:
@@ -125,12 +123,12 @@ class MetricsLog:
         self._progress.stop()
         self._file.close()
         if self._board is not None:
-            self._board.close()  # type: ignore[no-untyped-call]
+            self._board.close()
 
     def _show(self, row: dict[str, Any]) -> None:
         line = (
-            f"loss {row['loss']:.3f} = {row['loss_contrastive']:.3f} + {row['loss_saliency']:.3f} · "
-            f"accuracy {row['accuracy']:.1%} · lr {row['lr']:.4f} · "
+            f"loss {row['loss']:.3f} = {row['loss_contrastive']:.3f} + {row['loss_saliency']:.3f}"
+            f" · accuracy {row['accuracy']:.1%} · lr {row['lr']:.4f} · "
             f"{row['images_per_second']:.0f} images/s · data wait {row['data_wait']:.0%} · "
             f"{row['memory_mb']:.0f} MB"
         )

@@ -22,7 +22,8 @@ class ModelConfig:
         decoder_channels: width of the DeepLabV3 head.
         atrous_rates: of the head's pyramid.
         dropout: of the head's pyramid.
-        start: random, imagenet (torchvision's weights), or a file: MoCo v2, safetensors, state dict.
+        start: random, imagenet (torchvision's weights), or a file: MoCo v2, safetensors or a
+            state dict.
         freeze: stages of the backbone without gradient, their batch norms in eval mode.
         batch_norm: plain (each rank its own statistics), sync (over all ranks), shuffle (plain,
             with the key images shuffled over the ranks: MoCo), frozen (running statistics).

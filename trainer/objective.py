@@ -117,6 +117,4 @@ def contrast_views(
     sample_ids = batch.sample_id[proposals[:, 0]]
     bank.enqueue(own, sample_ids, counts)
     total = ranks.world_size * (contrastive + config.saliency_weight * saliency)
-    return Losses(
-        total, contrastive.detach(), saliency.detach(), correct, scored, len(prototypes)
-    )
+    return Losses(total, contrastive.detach(), saliency.detach(), correct, scored, len(prototypes))

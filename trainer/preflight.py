@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from data_pipeline.errors import InputError
 from data_pipeline.manifest import Manifest, read_manifest, require_component
 from trainer.checkpoint import Checkpoint, newest_checkpoint
@@ -61,6 +63,8 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
             "each rank's micro-batch is one image, of which batch norm over the pooled branch has "
             "no variance; raise data.batch_size, or set model.batch_norm=sync or frozen"
         )
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("run.device is cuda, but torch sees no GPU here; set it to cpu or auto")
     steps_per_epoch = manifest.samples / config.data.batch_size
     total_steps = config.run.steps or int(config.run.epochs * steps_per_epoch)
     if total_steps < 1:

@@ -46,7 +46,9 @@ class OptimConfig:
             )
 
 
-def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: float) -> float:
+def learning_rate(
+    config: OptimConfig, step: int, total_steps: int, steps_per_epoch: float
+) -> float:
     """The rate of step `step` of `total_steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -49,10 +50,8 @@ def load_start(encoder: PixelEncoder, start: str) -> LoadReport | None:
     """
     if start == "random":
         return None
-    if start == "imagenet":
-        state = _imagenet(encoder.config.backbone)
-    else:
-        state = read_state(Path(start))
+    backbone = encoder.config.backbone
+    state = _imagenet(backbone) if start == "imagenet" else read_state(Path(start))
     report = load_matching(encoder, state, start)
     log.info("start %s: %s", start, report)
     return report
@@ -62,7 +61,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` or torch file, under our names; never unpickles objects."""
     try:
         if path.suffix == ".safetensors":
-            raw = load_file(path)
+            raw: Any = load_file(path)
         else:
             raw = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -93,7 +92,7 @@ def load_matching(module: nn.Module, state: dict[str, Tensor], origin: str) -> L
         if own[name].shape != state[name].shape:
             raise InputError(
                 f"{origin} is of another architecture: {name} is {list(state[name].shape)} there "
-                f"and {list(own[name].shape)} here; set model.backbone and the head's sizes to match"
+                f"and {list(own[name].shape)} here; set model.backbone and head sizes to match"
             )
     if not loaded:
         raise InputError(

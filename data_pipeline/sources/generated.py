@@ -10,6 +10,8 @@ from data_pipeline.sample import RawSample, encode_png
 from data_pipeline.sources.item import Listing
 from data_pipeline.sources.scenes import CLASSES, render_scene, scene_size
 
+MAX_SIZE = 4096  # pixels; a larger scene takes gigabytes to render
+
 
 @dataclass(frozen=True)
 class SceneItem:
@@ -25,7 +27,7 @@ class SceneItem:
 
     @property
     def source(self) -> str:
-        return f"scenes:{self.seed}:{self.index}"
+        return f"scenes:{self.seed}:{self.base_size}:{self.index}"
 
     def read(self) -> RawSample:
         height, width = scene_size(self.seed, self.index, self.base_size)
@@ -34,6 +36,9 @@ class SceneItem:
         Image.fromarray(scene.image).save(image, "JPEG", quality=92)
         return RawSample(image.getvalue(), encode_png(scene.mask), encode_png(scene.label))
 
+    def sizes(self) -> tuple[int, ...]:
+        return ()
+
 
 def list_scenes(count: int, seed: int, base_size: int) -> Listing:
     """Lists `count` scenes of about `base_size` pixels a side.
@@ -41,10 +46,11 @@ def list_scenes(count: int, seed: int, base_size: int) -> Listing:
     Raises:
         InputError: a number is out of range.
     """
-    if count < 1 or base_size < 16 or seed < 0:
+    if count < 1 or not 16 <= base_size <= MAX_SIZE or not 0 <= seed < 2**64:
         raise InputError(
-            f"scenes: count {count}, size {base_size}, seed {seed}; "
-            "need a count of at least 1, a size of at least 16 and no negative seed"
+            f"scenes: count {count}, size {base_size}, seed {seed}; need a count of at least 1, "
+            f"a size of 16 to {MAX_SIZE} and a seed of 0 to 2^64 - 1"
         )
     items = [SceneItem(seed, index, base_size) for index in range(count)]
-    return Listing(items, (), CLASSES, {"source": "scenes", "seed": str(seed)})
+    description = {"source": "scenes", "seed": str(seed), "size": str(base_size)}
+    return Listing(items, (), CLASSES, description)

@@ -1,8 +1,8 @@
 """Procedurally rendered scenes: a small data set that ships as code instead of pictures.
 
 A scene is one salient object (sometimes two) of a known class in front of a cluttered background.
-A class is a family of shapes with a pattern of its own; its hues are shared with other classes and
-with the backgrounds, so that neither the class nor the foreground can be read off the colour.
+A class is a family of shapes with a pattern and usual hues of its own. Its hues lie near those of
+other classes and half of the backgrounds' hues are some class's, so colour is a hint, not a proof.
 
 An object is a signed distance field (negative inside) and a paint, both over a local frame where it
 spans about [-1, 1]^2, u to the right and v down. Distances are approximate away from the border.
@@ -29,7 +29,7 @@ Rng = np.random.Generator
 VOID = 255
 MIN_SIDE, PLACEMENT_ATTEMPTS = 8, 16
 MIN_OBJECT_AREA, MAX_TOTAL_AREA = 0.04, 0.45
-TWO_OBJECTS, TRUNCATED, OCCLUDED = 0.3, 0.18, 0.2
+TWO_OBJECTS, TRUNCATED, OCCLUDED = 0.2, 0.18, 0.2
 # On smaller pictures a ring on both sides of the border would eat whole objects.
 THIN_RING_BELOW = 48
 WHITE, CREAM, BLACK = (0.96, 0.96, 0.93), (0.86, 0.82, 0.74), (0.06, 0.06, 0.07)
@@ -247,18 +247,18 @@ def _bee(u: Array, v: Array, t: list[float], pal: Array) -> Layer:
     return np.minimum.reduce([wings, torso, head]), rgb
 
 
-# Painter, preferred hues (each shared with other classes), how far it may turn (radians).
-_FAMILIES: dict[str, tuple[Painter, tuple[float, ...], float]] = {
-    "fish": (_fish, (0.05, 0.52, 0.62), 0.6),
-    "mushroom": (_mushroom, (0.0, 0.08, 0.75), 0.4),
-    "kite": (_kite, (0.0, 0.15, 0.6), math.pi),
-    "house": (_house, (0.03, 0.1, 0.55), 0.15),
-    "starfish": (_starfish, (0.03, 0.9, 0.62), math.pi),
-    "planet": (_planet, (0.1, 0.55, 0.75), 0.8),
-    "leaf": (_leaf, (0.3, 0.1, 0.02), math.pi),
-    "gear": (_gear, (0.12, 0.58, 0.3), math.pi),
-    "snail": (_snail, (0.08, 0.3, 0.9), 0.3),
-    "bee": (_bee, (0.13, 0.08, 0.5), 0.6),
+# Painter, main and accent hue (near those of other classes), how far it may turn (radians).
+_FAMILIES: dict[str, tuple[Painter, tuple[float, float], float]] = {
+    "fish": (_fish, (0.54, 0.62), 0.6),
+    "mushroom": (_mushroom, (0.0, 0.97), 0.4),
+    "kite": (_kite, (0.21, 0.83), math.pi),
+    "house": (_house, (0.06, 0.58), 0.15),
+    "starfish": (_starfish, (0.91, 0.05), math.pi),
+    "planet": (_planet, (0.75, 0.13), 0.8),
+    "leaf": (_leaf, (0.33, 0.25), math.pi),
+    "gear": (_gear, (0.63, 0.12), math.pi),
+    "snail": (_snail, (0.44, 0.08), 0.3),
+    "bee": (_bee, (0.13, 0.1), 0.6),
 }
 CLASSES: tuple[str, ...] = ("background", *_FAMILIES)
 
@@ -274,10 +274,10 @@ def _hsv(hue: float, saturation: float, value: float) -> Colour:
     return colorsys.hsv_to_rgb(hue % 1, min(max(saturation, 0), 1), min(max(value, 0), 1))
 
 
-def _object_palette(rng: Rng, hues: tuple[float, ...]) -> Array:
-    base, accent = rng.permutation(hues)[:2] + rng.normal(0, 0.035, 2)
-    vivid, bright = rng.uniform(0.35, 0.9), rng.uniform(0.5, 0.9)
-    other = _hsv(accent, rng.uniform(0.35, 0.9), rng.uniform(0.4, 0.95))
+def _object_palette(rng: Rng, hues: tuple[float, float]) -> Array:
+    base, accent = np.array(hues) + rng.normal(0, 0.025, 2)
+    vivid, bright = rng.uniform(0.55, 0.95), rng.uniform(0.55, 0.9)
+    other = _hsv(accent, rng.uniform(0.5, 0.95), rng.uniform(0.5, 0.95))
     light, dark = _hsv(base, 0.3 * vivid, rng.uniform(0.88, 1)), _hsv(base, vivid, 0.38 * bright)
     return np.array([_hsv(base, vivid, bright), other, light, dark], np.float32)
 

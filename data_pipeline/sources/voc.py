@@ -1,16 +1,23 @@
 """PASCAL VOC trees: the layout of the released MaskContrast archive, and the VOCdevkit's own.
 
-    released                          VOCdevkit/VOC2012
-    images/KEY.jpg                    JPEGImages/KEY.jpg
-    saliency_{un,}supervised_model/   (none: give a folder of masks, or build without)
-    SegmentationClassAug/KEY.png      SegmentationClassAug/ or SegmentationClass/
-    sets/SPLIT.txt                    ImageSets/Segmentation/SPLIT.txt
+| released | VOCdevkit/VOC2012 |
+|---|---|
+| `images/KEY.jpg` | `JPEGImages/KEY.jpg` |
+| `saliency_{un,}supervised_model/KEY.png` | none: give a folder of masks, or build without |
+| `SegmentationClassAug/KEY.png` | the same, or `SegmentationClass/KEY.png` |
+| `sets/SPLIT.txt` | `ImageSets/Segmentation/SPLIT.txt` |
 """
 
 from pathlib import Path
 
 from data_pipeline.errors import InputError
-from data_pipeline.sources.item import Failure, FileItem, Listing, unique_keys
+from data_pipeline.sources.item import (
+    Failure,
+    FileItem,
+    Listing,
+    read_class_names,
+    unique_keys,
+)
 
 VOC_CLASSES = (
     "background",
@@ -41,7 +48,7 @@ def list_voc(root: Path, split: str, masks: str | None = None, labels: bool = Tr
     mask_folder = None if masks is None else _mask_folder(root, masks)
     label_folder = _first(root, _LABELS, "labels") if labels else None
     items, failures = [], []
-    for name in names:
+    for name in dict.fromkeys(names):  # a name that is listed twice is still one sample
         image = images / f"{name}.jpg"
         wanted = {
             "image": image,
@@ -56,7 +63,13 @@ def list_voc(root: Path, split: str, masks: str | None = None, labels: bool = Tr
         else:
             items.append(FileItem(name, source, image, wanted["mask"], wanted["label"]))
     unique, duplicates = unique_keys(items)
-    description = {"source": "voc", "split": split, "masks": masks or ""}
+    description = {
+        "source": "voc",
+        "root": str(root),
+        "split": split,
+        "masks": masks or "",
+        "labels": label_folder.name if label_folder else "",
+    }
     classes = _classes(root) if labels else ()
     return Listing(unique, [*failures, *duplicates], classes, description)
 
@@ -75,7 +88,8 @@ def _first(root: Path, names: tuple[str, ...], what: str) -> Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
-    raise InputError(f"{root} has no folder of {what}: looked for {', '.join(names)}")
+    hint = "; --no-labels builds without them" if what == "labels" else ""
+    raise InputError(f"{root} has no folder of {what}: looked for {', '.join(names)}{hint}")
 
 
 def _mask_folder(root: Path, masks: str) -> Path:
@@ -92,19 +106,25 @@ def _mask_folder(root: Path, masks: str) -> Path:
 def _read_list(folder: Path, split: str) -> list[str]:
     file = folder / f"{split}.txt"
     if "/" in split or not file.is_file():
-        present = ", ".join(sorted(path.stem for path in folder.glob("*.txt")))
+        present = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none is there"
         raise InputError(f"no split {split!r} in {folder}; --split can be one of: {present}")
-    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}); mend its rights") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not UTF-8 text; expected one image name a line") from None
+    names = [line.split()[0] for line in lines if line.strip()]
     if not names:
         raise InputError(f"{file} is empty; it should hold one image name a line")
     wrong = [name for name in names if "/" in name or "\\" in name or name.startswith(".")]
     if wrong:
-        raise InputError(f"{file} names {wrong[0]!r}, which is no plain image name")
+        raise InputError(
+            f"{file} names {wrong[0]!r}; expected one plain image name a line, as 2007_000032"
+        )
     return names
 
 
 def _classes(root: Path) -> tuple[str, ...]:
     file = root / "classes.txt"
-    if not file.is_file():
-        return VOC_CLASSES
-    return tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+    return read_class_names(file) if file.is_file() else VOC_CLASSES

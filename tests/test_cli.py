@@ -1,0 +1,58 @@
+"""The command as a user meets it: help, and the demo from end to end, small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def maskbank(*arguments: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "demo"),
+        (("demo",), "maskbank demo --output"),
+        (("train",), "maskbank train --recipe demo_cpu"),
+    ],
+)
+def test_help_shows_an_example(arguments: tuple[str, ...], expected: str) -> None:
+    result = maskbank(*arguments, "--help")
+    assert result.returncode == 0
+    assert expected in result.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_a_report(tmp_path: Path) -> None:
+    output = tmp_path / "demo run"
+    result = maskbank("demo", "--output", str(output), "--scenes", "40", "--steps", "4")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("kmeans-initial", "kmeans-trained", "linear-initial", "linear-trained"):
+        found = json.loads((output / "evaluation" / f"{name}.json").read_text())
+        assert 0 <= found["miou"]["mean"] <= 100
+        assert found["images"] == 8
+        assert len(found["per_class"]) == 11
+        assert found["step"] == (4 if name.endswith("trained") else 0)
+    page = (output / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    again = maskbank("demo", "--output", str(output), "--scenes", "40", "--steps", "4")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_stops_at_the_first_step_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/train").write_text("in the way")
+    result = maskbank("demo", "--output", str(tmp_path), "--scenes", "8", "--steps", "1")
+    assert result.returncode == 2
+    assert "the demo stopped: step 1" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,241 @@
+"""Linear classifier: known answers, a plain implementation, augmentation, and several ranks."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from data_pipeline.errors import InputError
+from data_pipeline.manifest import Manifest, read_manifest
+from data_pipeline.order import generator
+from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resize_nearest
+from evaluation.linear_probe import LinearConfig, augmented, evaluate_linear
+from evaluation.miou import confusion, score
+from evaluation.result import Result
+from tests.evaluation_data import block_shards, oracle, random_encoder, scene_shards
+from tests.ranks import run_on_ranks
+from trainer.distributed import Ranks
+from trainer.encoder import Encoder
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+QUICK = LinearConfig(size=48, epochs=4, batch_size=4, lr=1.0, decay_epoch=3, augment=False)
+STREAM = 11  # of the generator that orders the training images
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest]:
+    folder = tmp_path_factory.mktemp("blocks")
+    train = block_shards(folder / "train", [1, 2, 3] * 4)
+    return train, block_shards(folder / "test", [1, 2, 3, 0, 2], first=50)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest]:
+    folder = tmp_path_factory.mktemp("scenes")
+    return scene_shards(folder / "train", 7, seed=1), scene_shards(folder / "test", 5, seed=2)
+
+
+def test_published_protocol_is_the_default() -> None:
+    assert LinearConfig() == LinearConfig(
+        size=512, epochs=60, batch_size=16, lr=0.1, momentum=0.9, weight_decay=1e-4,
+        decay_epoch=25, augment=True, select="best", evaluate_every=1, precision="float32",
+        seeds=(0,),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_separable_features_are_learned(blocks: tuple[Manifest, Manifest], precision: str) -> None:
+    config = replace(QUICK, epochs=20, decay_epoch=15, seeds=(0, 1), precision=precision)
+    result = evaluate_linear(oracle(list(blocks), 48), *blocks, config, ALONE)
+    assert result.values == (100, 100)
+    assert result.iou.tolist() == [100] * 4
+    assert (result.pixel_accuracy, result.foreground_iou) == (100, 100)
+    assert (result.images, result.step, result.protocol) == (5, 7, "linear")
+    assert result.confusion.sum() == 5 * 47 * 48  # all but the ignored border
+
+
+def plain_probe(
+    encoder: Encoder, train: Manifest, test: Manifest, config: LinearConfig
+) -> list[NDArray[np.int64]]:
+    """Confusion after every epoch, by torch's own mean loss on one batch at a time."""
+
+    def features(image: WholeImage) -> torch.Tensor:
+        with torch.no_grad():
+            found = encoder.network.features(normalise(image.pixels)[None])[0]
+        return found.to(torch.bfloat16).float()
+
+    train_images = WholeImages(train, config.size, threads=1)
+    test_images = WholeImages(test, config.size, threads=1)
+    classes = len(train.classes)
+    torch.manual_seed(config.seeds[0])
+    classifier = torch.nn.Conv2d(16, classes, 1)
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(config.seeds[0])
+        classifier.weight.copy_(0.01 * torch.randn(classes, 16, 1, 1, generator=draw))
+        assert classifier.bias is not None
+        classifier.bias.zero_()
+    optimizer = torch.optim.SGD(classifier.parameters(), 1.0, momentum=0.9, weight_decay=1e-4)
+    size = (config.size, config.size)
+    matrices = []
+    for epoch in range(config.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr if epoch < config.decay_epoch else config.lr / 10
+        order = generator(config.seeds[0], STREAM, epoch).permutation(len(train_images)).tolist()
+        for first in range(0, len(order), config.batch_size):
+            batch = [train_images.read(i) for i in order[first : first + config.batch_size]]
+            labels = [resize_nearest(torch.tensor(image.label), size) for image in batch]
+            logits = classifier(torch.stack([features(image) for image in batch]))
+            logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+            loss = F.cross_entropy(logits, torch.stack(labels).long(), ignore_index=255)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        matrix = np.zeros((classes, classes), np.int64)
+        for image in (test_images.read(i) for i in range(len(test_images))):
+            for_size = F.interpolate(classifier(features(image)[None]), size, mode="bilinear")
+            logits = F.interpolate(for_size, image.label.shape, mode="bilinear")
+            matrix += confusion(image.label, logits.argmax(1)[0].numpy(), classes, classes)
+        matrices.append(matrix)
+    return matrices
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_equals_a_plain_implementation(scenes: tuple[Manifest, Manifest], select: str) -> None:
+    config = replace(QUICK, size=40, batch_size=3, select=select, seeds=(4,), decay_epoch=2)
+    result = evaluate_linear(random_encoder(), *scenes, config, ALONE)
+    matrices = plain_probe(random_encoder(), *scenes, config)
+    scores = [score(matrix).miou for matrix in matrices]
+    counted = int(np.argmax(scores)) if select == "best" else config.epochs - 1
+    assert result.values[0] == pytest.approx(scores[counted], abs=0.05)
+    moved = np.abs(result.confusion - matrices[counted]).sum()
+    assert moved <= 0.002 * result.confusion.sum(), "all but a few pixels at ties"
+    assert len(set(scores)) > 1
+
+
+def test_only_epochs_that_are_looked_at_can_be_best(scenes: tuple[Manifest, Manifest]) -> None:
+    config = replace(QUICK, size=40, batch_size=3, lr=3.0)
+    each = evaluate_linear(random_encoder(), *scenes, config, ALONE)
+    last = evaluate_linear(random_encoder(), *scenes, replace(config, select="last"), ALONE)
+    rarely = evaluate_linear(random_encoder(), *scenes, replace(config, evaluate_every=9), ALONE)
+    assert rarely.values == last.values
+    assert each.mean >= last.mean
+
+
+def test_augmentation_changes_what_is_learned(scenes: tuple[Manifest, Manifest]) -> None:
+    config = replace(QUICK, size=40, lr=3.0, select="last")
+    cached = evaluate_linear(random_encoder(), *scenes, config, ALONE)
+    seen = evaluate_linear(random_encoder(), *scenes, replace(config, augment=True), ALONE)
+    again = evaluate_linear(
+        random_encoder(), *scenes, replace(config, augment=True), ALONE, threads=1
+    )
+    assert seen.confusion.tolist() == again.confusion.tolist()
+    assert cached.confusion.tolist() != seen.confusion.tolist()
+    assert cached.confusion.sum() == seen.confusion.sum()
+
+
+def coloured_image(sample_id: int = 3) -> WholeImage:
+    """Each label has its own grey value, so that a picture tells where its label should be."""
+    label = np.zeros((64, 64), np.uint8)
+    label[8:40, 12:30] = 1
+    label[30:60, 34:60] = 2
+    pixels = torch.tensor(40 + 80 * label)[None].repeat(3, 1, 1)
+    return WholeImage(sample_id, "key", pixels, label, None)
+
+
+def test_augmentation_moves_image_and_label_together() -> None:
+    image = coloured_image()
+    flipped = 0
+    for epoch in range(40):
+        pixels, label = augmented(image, 64, 0, epoch)
+        assert pixels.shape == (3, 64, 64)
+        assert pixels.dtype == label.dtype == torch.uint8
+        # away from edges, where one of both interpolates, the grey value is that of the label
+        around = label[None, None].float()
+        inner = -F.max_pool2d(-around, 5, 1, 2) == F.max_pool2d(around, 5, 1, 2)
+        known = inner[0, 0] & (label != 255)
+        known[[0, 1, -2, -1]] = known[:, [0, 1, -2, -1]] = False
+        assert known.sum() > 1000
+        assert (pixels[0][known].int() == 40 + 80 * label[known].int()).all()
+        columns = [(label == i).nonzero()[:, 1].float().mean() for i in (1, 2)]
+        flipped += int(columns[0] > columns[1])
+        # scale .75…1.25 changes the objects' area by .56…1.56; a part may leave the image
+        share = int((label == 1).sum()) / int((image.label == 1).sum())
+        assert 0.5 < share < 1.6
+    assert 10 < flipped < 30
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone() -> None:
+    first, _ = augmented(coloured_image(), 64, 0, 1)
+    assert torch.equal(first, augmented(coloured_image(), 64, 0, 1)[0])
+    assert not torch.equal(first, augmented(coloured_image(), 64, 1, 1)[0])
+    assert not torch.equal(first, augmented(coloured_image(), 64, 0, 2)[0])
+    assert not torch.equal(first, augmented(coloured_image(4), 64, 0, 1)[0])
+
+
+def test_what_comes_from_outside_the_image_is_ignored() -> None:
+    corners = set()
+    for epoch in range(20):
+        pixels, label = augmented(coloured_image(), 64, 0, epoch)
+        assert ((pixels[0] == 0) <= (label == 255)).all()
+        corners.add(int(label[0, 0]))
+    assert corners == {0, 255}
+
+
+def test_other_classes_and_empty_labels_are_refused(
+    blocks: tuple[Manifest, Manifest], tmp_path: Path
+) -> None:
+    other = block_shards(tmp_path / "other", [1], names=("background", "ant", "cow", "bee"))
+    with pytest.raises(InputError, match="have different classes"):
+        evaluate_linear(random_encoder(), blocks[0], other, QUICK, ALONE)
+    ignored = block_shards(tmp_path / "ignored", [255], (1, 40))
+    with pytest.raises(InputError, match="is 255"):
+        evaluate_linear(random_encoder(), blocks[0], ignored, QUICK, ALONE)
+    unlabelled = replace(other, classes=blocks[0].classes)
+    unlabelled = replace(unlabelled, shards=(replace(other.shards[0], labels=0),))
+    with pytest.raises(InputError, match="have no label"):
+        evaluate_linear(random_encoder(), blocks[0], unlabelled, QUICK, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"select": "first"}, "--select is 'first'"),
+        ({"epochs": 0}, "--epochs"),
+        ({"evaluate_every": 0}, "--evaluate-every"),
+        ({"lr": 0.0}, "--lr"),
+        ({"decay_epoch": -1}, "--decay-epoch"),
+        ({"seeds": ()}, "--seeds"),
+        ({"precision": "fp16"}, "--precision is 'fp16'"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        LinearConfig(**options)
+
+
+def _evaluate(ranks: Ranks, train: Path, test: Path, config: LinearConfig) -> Result:
+    manifests = read_manifest(train), read_manifest(test)
+    return evaluate_linear(random_encoder(), *manifests, config, ranks, threads=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_change_it_by_rounding_only(
+    scenes: tuple[Manifest, Manifest], world_size: int, augment: bool
+) -> None:
+    """7 and 5 images in batches of 3: no share is even, and some ranks have none of a batch."""
+    config = replace(QUICK, size=40, epochs=6, batch_size=3, lr=3.0, augment=augment, seeds=(0, 1))
+    arguments = (scenes[0].root, scenes[1].root, config)
+    [alone] = run_on_ranks(_evaluate, 1, *arguments)
+    for result in run_on_ranks(_evaluate, world_size, *arguments):
+        assert result.values == pytest.approx(alone.values, abs=1e-4)
+        assert result.confusion.sum() == alone.confusion.sum()
+        assert (result.confusion.sum(0)[1:] > 0).any(), "more than background is predicted"
+        assert np.abs(result.confusion - alone.confusion).sum() <= 2
+        np.testing.assert_allclose(result.iou, alone.iou, atol=0.01)

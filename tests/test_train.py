@@ -1,0 +1,266 @@
+"""Training runs as users start them: torchrun, killed and started again, on other ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.sources.generated import list_scenes
+from data_pipeline.write_shards import BuildConfig, build_shards
+from trainer import load_encoder
+from trainer.checkpoint import complete_checkpoints, newest_checkpoint
+from trainer.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+STEPS = 24
+# what is the same in every run of one seed; speeds, times and memory are not
+EXACT = ("step", "epoch", "lr", "loss", "loss_contrastive", "loss_saliency", "accuracy")
+EXACT += ("prototypes", "gradient_norm", "bank_fill")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "shards"
+    build_shards(list_scenes(20, 0, 40), root, BuildConfig(7, "ids"))
+    return root
+
+
+def command(shards: Path, run: Path, ranks: int, *settings: str) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [
+        *(sys.executable, *(torchrun if ranks > 1 else [])),
+        *("-m", "trainer.train", "--recipe", "demo_cpu"),
+        *(f"data.shards={shards}", f"run.directory={run}", f"run.steps={STEPS}"),
+        *("run.log_every=4", "run.checkpoint_every=4", "run.threads=1", "data.threads=1"),
+        *("views.image_size=32", "data.batch_size=8", "bank.capacity=21", "optim.warmup_steps=0"),
+        *("model.decoder_channels=16", "model.embedding_dim=8", "run.tensorboard=false"),
+        *settings,
+    ]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(arguments: list[str], status: int = 0) -> str:
+    process = start(arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
+    return output
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint, by a name of its own."""
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint is not None
+    assert checkpoint.step == STEPS
+    found = {}
+    for part in ("model", "momentum", "bank"):
+        found |= {f"{part}.{name}": value for name, value in checkpoint.load(part).items()}
+    for number, state in checkpoint.load("optimizer")["state"].items():
+        found[f"optimizer.{number}"] = state["momentum_buffer"]
+    return found
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = final_state(a), final_state(b)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    rows = [read_metrics(run / "metrics.jsonl") for run in (a, b)]
+    exact = [[{key: row[key] for key in EXACT} for row in table] for table in rows]
+    assert exact[0] == exact[1]
+    assert [row["step"] for row in rows[0]] == list(range(4, STEPS + 1, 4))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(command(shards, run, 2))
+    return run
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not any(checkpoint.step >= step for checkpoint in complete_checkpoints(run)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint in two minutes"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_a_random_moment_and_started_again_gives_the_same_run(
+    shards: Path, undisturbed: Path, tmp_path: Path, seed: int
+) -> None:
+    draw, run = np.random.default_rng(seed), tmp_path / "killed"
+    for step in sorted(draw.choice([4, 8, 12, 16], 2, replace=False)):
+        process = start(command(shards, run, 2))
+        wait_for_step(run, int(step), process)
+        time.sleep(float(draw.uniform(0, 0.5)))  # anywhere in a step or a checkpoint's write
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    finish(command(shards, run, 2))
+    assert_same_run(run, undisturbed)
+
+
+def test_asked_to_stop_it_saves_and_goes_on_to_the_same_result(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "stopped"
+    process = start(command(shards, run, 2))
+    wait_for_step(run, 4, process)
+    for pid in children(process.pid):
+        os.kill(pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    stopped = newest_checkpoint(run)
+    assert stopped is not None
+    assert stopped.step < STEPS
+    finish(command(shards, run, 2))
+    first, second = final_state(run), final_state(undisturbed)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def children(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def test_one_rank_goes_on_where_two_stopped(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Batch norm aside, nothing of the run depends on the ranks; the batches are equal exactly."""
+    run = tmp_path / "fewer"
+    frozen = ("model.batch_norm=frozen", "model.dropout=0", "run.precision=float32")
+    finish(command(shards, tmp_path / "two", 2, *frozen))
+    process = start(command(shards, run, 2, *frozen))
+    wait_for_step(run, 8, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(command(shards, run, 1, *frozen))
+    two, fewer = final_state(tmp_path / "two"), final_state(run)
+    assert two["bank.sample_id"].tolist() == fewer["bank.sample_id"].tolist()
+    assert two["bank.sequence"].tolist() == fewer["bank.sequence"].tolist()
+    for name, value in two.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(fewer[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_it_learns_and_the_encoder_loads(undisturbed: Path) -> None:
+    rows = read_metrics(undisturbed / "metrics.jsonl")
+    assert rows[-1]["loss_saliency"] < rows[0]["loss_saliency"]
+    assert rows[-1]["bank_fill"] == 1
+    assert all(0 <= row["data_wait"] <= 1 for row in rows)
+    encoder = load_encoder(undisturbed)
+    embeddings, saliency = encoder.embed(torch.zeros(1, 3, 30, 42))
+    assert embeddings.shape == (1, 8, 30, 42)
+    assert saliency.shape == (1, 30, 42)
+    assert encoder.step == STEPS
+    initial = load_encoder(undisturbed, initial=True)
+    assert initial.step == 0
+    assert not torch.equal(
+        initial.network.embedding_head.weight, encoder.network.embedding_head.weight
+    )
+    assert (undisturbed / "export/encoder.safetensors").is_file()
+    assert json.loads((undisturbed / "environment.json").read_text())["ranks"] == "2"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("model.batch_norm=sync", "optim.accumulate=2", "data.batch_size=16"),
+        ("model.batch_norm=shuffle", "optim.clip_norm=0.1", "data.loader=torch"),
+        ("model.freeze=[stem,layer1]", "run.precision=float32", "bank.capacity=0"),
+        ("loss.balance_classes=false", "run.tensorboard=true", "data.batch_size=48"),
+    ],
+)
+def test_options_train_on_two_ranks(
+    shards: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    finish(command(shards, run, 2, "run.steps=4", "run.log_every=1", *settings))
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    if "run.tensorboard=true" in settings:
+        assert list((run / "tensorboard").glob("events.*"))
+
+
+def test_a_loss_that_is_not_finite_ends_every_rank(shards: Path, tmp_path: Path) -> None:
+    settings = ("optim.lr=1e30", "run.precision=float32", "run.log_every=1")
+    output = finish(command(shards, tmp_path / "run", 2, *settings), status=1)
+    assert "maskbank: the loss is" in output
+    assert "lower optim.lr" in output
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "message"),
+    [
+        (3, (), "data.batch_size 8 is not divisible by 3 ranks"),
+        (1, ("optim.accumulate=3",), "1 ranks × 3 micro-batches"),
+        (8, (), "one image, of which batch norm"),
+        (1, ("data.shards=",), "data.shards is not set"),
+        (1, ("data.shards=/nowhere",), "/nowhere holds no manifest.json"),
+        (1, ("model.start=none.pth",), "there is no file none.pth"),
+        (1, ("run.steps=0", "run.epochs=0.01"), "less than one batch of 8"),
+        (1, ("run.stesp=1",), "did you mean run.steps"),
+        (1, ("run.device=cuda",), "torch sees no GPU"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_rank_starts(
+    shards: Path, tmp_path: Path, ranks: int, settings: tuple[str, ...], message: str
+) -> None:
+    if "run.device=cuda" in settings and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    arguments = command(shards, tmp_path / "run", 1, *settings)
+    arguments = arguments[arguments.index("--recipe") :]
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "train", "--nproc", str(ranks), *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().startswith("maskbank: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_directory_of_other_settings_or_data_is_refused(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = finish(command(shards, undisturbed, 1, "optim.lr=0.3"), status=2)
+    assert "optim.lr was 0.1 and is now 0.3" in output
+    build_shards(list_scenes(20, 5, 40), tmp_path / "other", BuildConfig(7, "ids"))
+    output = finish(command(tmp_path / "other", undisturbed, 1), status=2)
+    assert "was trained on other shards" in output
+
+
+def test_shards_without_masks_are_refused_by_name(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from data_pipeline.sources.folder import list_folder
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "images/a.png")
+    build_shards(list_folder(tmp_path / "images", None), tmp_path / "shards", BuildConfig())
+    output = finish(command(tmp_path / "shards", tmp_path / "run", 1), status=2)
+    assert "shard-000000.tar: 1 of 1 samples have no mask, which training needs" in output

@@ -1,0 +1,631 @@
+"""Shards as files: their bytes, what becomes of bad samples, and going on after interruptions."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import InputError, SampleError
+from data_pipeline.files import only_writer
+from data_pipeline.index import DatasetIndex
+from data_pipeline.manifest import read_manifest, require_component
+from data_pipeline.reader import SampleReader
+from data_pipeline.sample import INFO, LABEL, MASK
+from data_pipeline.sources.folder import list_folder
+from data_pipeline.sources.generated import list_scenes
+from data_pipeline.sources.item import Listing
+from data_pipeline.write_shards import BuildConfig, build_shards, failure_counts
+from tests.data import (
+    BytesItem,
+    build_scene_shards,
+    checksums,
+    encode,
+    folder_pair,
+    object_mask,
+    palette_png,
+    picture,
+    write,
+)
+
+SCENES, SHARD = 24, 4
+BUILD = """
+import sys
+from pathlib import Path
+from data_pipeline.sources.generated import list_scenes
+from data_pipeline.write_shards import BuildConfig, build_shards
+if __name__ == "__main__":
+    print("start", flush=True)
+    build_shards(
+        list_scenes({scenes}, 0, {size}), Path(sys.argv[1]), BuildConfig({shard}, "ids"),
+        int(sys.argv[2]), lambda done, failed: print(done, failed, flush=True),
+    )
+"""
+
+
+def jpeg(number: int) -> bytes:
+    return encode(picture(number), "JPEG", quality=90)
+
+
+def good(number: int) -> BytesItem:
+    return BytesItem(f"good_{number:02d}", jpeg(number), encode(object_mask(number)))
+
+
+def bad(number: int) -> BytesItem:
+    return BytesItem(f"bad_{number:02d}", jpeg(number)[:200], encode(object_mask(number)))
+
+
+def in_order(samples_per_shard: int) -> BuildConfig:
+    return BuildConfig(samples_per_shard, shuffle_seed=-1)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scenes")
+    build_scene_shards(root, SCENES, samples_per_shard=SHARD)
+    return root
+
+
+# ---------------------------------------------------------------- the files
+
+
+def test_the_manifest_says_what_is_there(shards: Path) -> None:
+    manifest = read_manifest(shards)
+    sums = checksums(shards)
+    assert len(manifest.shards) == SCENES // SHARD
+    assert manifest.samples == SCENES
+    assert manifest.bytes == sum(path.stat().st_size for path in shards.glob("*.tar"))
+    for entry in manifest.shards:
+        assert (entry.samples, entry.masks, entry.labels) == (SHARD, SHARD, SHARD)
+        assert entry.sha256 == sums[entry.name]
+        assert entry.index_sha256 == sums[entry.name.replace(".tar", ".json")]
+    assert manifest.configuration["samples_per_shard"] == SHARD
+    assert manifest.configuration["size"] == "48"
+    assert manifest.failures == 0
+    assert lines(shards / "failures.jsonl") == []
+    stems = [f"shard-{number:06d}" for number in range(SCENES // SHARD)]
+    names = {f"{stem}{suffix}" for stem in stems for suffix in (".tar", ".idx", ".json")}
+    assert set(sums) == names | {"manifest.json", "failures.jsonl"}
+
+
+def test_every_sample_is_in_exactly_one_shard_and_shuffled(shards: Path) -> None:
+    found = [
+        sample["key"]
+        for path in sorted(shards.glob("shard-*.json"))
+        for sample in json.loads(path.read_bytes())["samples"]
+    ]
+    keys = [item.key for item in list_scenes(SCENES, 0, 48).items]
+    assert sorted(found) == keys
+    assert found != keys
+
+
+def test_key_order_and_seeds(tmp_path: Path) -> None:
+    orders = []
+    for name, seed in (("a", -1), ("b", 1), ("c", 2), ("d", 2)):
+        listing = Listing([good(number) for number in range(12)])
+        build_shards(listing, tmp_path / name, BuildConfig(12, shuffle_seed=seed))
+        index = DatasetIndex(read_manifest(tmp_path / name)).shard(0)
+        orders.append(index.keys)
+    assert orders[0] == sorted(orders[0])
+    assert orders[2] == orders[3]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_archives_are_plain_ustar_without_times_or_owners(shards: Path) -> None:
+    for path in shards.glob("*.tar"):
+        data = path.read_bytes()
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            members = tar.getmembers()
+        assert len(members) == 4 * SHARD
+        for member in members:
+            header = data[member.offset : member.offset + 512]
+            assert header[257:263] == b"ustar\0"
+            assert member.offset_data == member.offset + 512  # no PAX or GNU header in between
+            assert (member.mtime, member.uid, member.gid, member.uname) == (0, 0, 0, "")
+            assert (member.mode, member.isreg()) == (0o644, True)
+        assert len(data) % 10240 == 0
+        assert not any(data[members[-1].offset_data + members[-1].size :].strip(b"\0"))
+
+
+def test_offsets_and_checksums_match_the_bytes(shards: Path) -> None:
+    for path in sorted(shards.glob("shard-*.json")):
+        data = path.with_suffix(".tar").read_bytes()
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            members = {member.name: member for member in tar.getmembers()}
+        samples = json.loads(path.read_bytes())["samples"]
+        idx = ["v1.2 4"]
+        for sample in samples:
+            parts = []
+            for name, (offset, size, crc) in sample["components"].items():
+                member = members.pop(f"{sample['key']}.{name}")
+                assert (member.offset_data, member.size) == (offset, size)
+                assert zlib.crc32(data[offset : offset + size]) == crc
+                parts.append(f"{name} {offset} {size} {sample['key']}.{name}")
+            idx.append(" ".join(parts))
+            info = sample["components"][INFO]
+            told = json.loads(data[info[0] : info[0] + info[1]])
+            assert (told["key"], told["height"]) == (sample["key"], sample["height"])
+        assert members == {}
+        assert path.with_suffix(".idx").read_text() == "\n".join(idx) + "\n"
+
+
+def read_all(root: Path) -> list[dict[str, Any]]:
+    reader = SampleReader(DatasetIndex(read_manifest(root)))
+    samples = []
+    for shard, entry in enumerate(reader.index.manifest.shards):
+        for number in range(entry.samples):
+            raw = reader.read(shard, number, label=True)
+            key = reader.index.shard(shard).keys[number]
+            samples.append({"key": key, "jpg": raw.image, MASK: raw.mask, LABEL: raw.label})
+    return samples
+
+
+def test_webdataset_reads_the_same_samples(shards: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    found = [
+        {"key": sample["__key__"], **{name: sample[name] for name in ("jpg", MASK, LABEL)}}
+        for sample in webdataset.WebDataset(urls, shardshuffle=False)
+    ]
+    assert found == read_all(shards)
+
+
+@pytest.mark.slow
+def test_dali_reads_the_same_samples(shards: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(batch_size=SCENES, num_threads=1, device_id=None)
+    def graph() -> Any:
+        return fn.readers.webdataset(
+            paths=[str(path) for path in sorted(shards.glob("*.tar"))],
+            index_paths=[str(path) for path in sorted(shards.glob("*.idx"))],
+            ext=["jpg", MASK, LABEL],
+            missing_component_behavior="error",
+        )
+
+    pipeline = graph()
+    pipeline.build()
+    outputs = pipeline.run()
+    ours = read_all(shards)
+    for output, name in zip(outputs, ("jpg", MASK, LABEL), strict=True):
+        found = [bytes(np.asarray(output.at(number))) for number in range(SCENES)]
+        assert found == [sample[name] for sample in ours]
+
+
+@pytest.mark.slow
+def test_the_bytes_do_not_depend_on_the_number_of_processes(shards: Path, tmp_path: Path) -> None:
+    done: list[tuple[int, int]] = []
+    build_shards(
+        list_scenes(SCENES, 0, 48),
+        tmp_path,
+        BuildConfig(SHARD, "ids"),
+        processes=4,
+        progress=lambda samples, failed: done.append((samples, failed)),
+    )
+    assert checksums(tmp_path) == checksums(shards)
+    assert done == [(SHARD, 0)] * (SCENES // SHARD)
+
+
+# ---------------------------------------------------------------- what cannot be used
+
+
+def test_failures_are_counted_and_never_in_a_shard(tmp_path: Path) -> None:
+    items = [good(0), bad(1), good(2), good(3), bad(4), BytesItem("small", jpeg(0), jpeg(0)[:9])]
+    done: list[tuple[int, int]] = []
+    manifest = build_shards(
+        Listing(items), tmp_path, in_order(4), progress=lambda *counts: done.append(counts)
+    )
+    assert [entry.samples for entry in manifest.shards] == [3]
+    assert manifest.failures == 3
+    assert done == [(4, 1), (2, 2)]
+    failures = lines(tmp_path / "failures.jsonl")
+    assert [(failure["key"], failure["stage"]) for failure in failures] == [
+        ("bad_01", "image"),
+        ("bad_04", "image"),
+        ("small", "mask"),
+    ]
+    assert failures[0]["source"] == "memory/bad_01"
+    assert failure_counts(tmp_path) == {
+        "image: cannot be decoded": 2,
+        "mask: cannot be decoded": 1,
+    }
+    with tarfile.open(tmp_path / "shard-000000.tar") as tar:
+        assert not [name for name in tar.getnames() if "bad" in name or "small" in name]
+    assert [sample["key"] for sample in read_all(tmp_path)] == ["good_00", "good_02", "good_03"]
+
+
+def test_a_shard_of_which_nothing_is_left_has_no_archive(tmp_path: Path) -> None:
+    items = [bad(0), bad(1), good(2), good(3)]
+    manifest = build_shards(Listing(items), tmp_path, in_order(2))
+    assert [(entry.name, entry.samples) for entry in manifest.shards] == [("shard-000001.tar", 2)]
+    assert read_manifest(tmp_path).shards == manifest.shards
+    assert not (tmp_path / "shard-000000.tar").exists()
+    assert len(read_all(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_nothing_to_write_is_an_error(tmp_path: Path, processes: int) -> None:
+    with pytest.raises(InputError, match="there is no sample to write"):
+        build_shards(Listing([]), tmp_path, in_order(2), processes)
+    images, masks = folder_pair(tmp_path / "source", ["a"])
+    (masks / "a.png").unlink()
+    output = tmp_path / "shards"
+    with pytest.raises(InputError, match=r"not one of 1 samples .* a\.jpg: match: no mask"):
+        build_shards(list_folder(images, masks), output, in_order(2), processes)
+    assert lines(output / "failures.jsonl")[0]["reason"] == "no mask of that stem"
+    assert not (output / "manifest.json").exists()
+
+
+def test_after_nothing_could_be_used_the_folder_is_free(tmp_path: Path) -> None:
+    images, masks = folder_pair(tmp_path / "source", ["a", "b"])
+    soft = np.arange(600).reshape(20, 30).astype(np.uint8)
+    for name in ("a", "b"):
+        write(masks / f"{name}.png", encode(soft))
+    output = tmp_path / "shards"
+    with pytest.raises(
+        InputError, match=r"not one of 2 samples.*soft saliency map.*failures\.jsonl"
+    ):
+        build_shards(list_folder(images, masks), output, BuildConfig(1))
+    manifest = build_shards(list_folder(images, masks), output, BuildConfig(1, "binary"))
+    assert (manifest.samples, manifest.failures) == (2, 0)
+
+
+def test_samples_without_a_mask_or_label_are_counted(tmp_path: Path) -> None:
+    items = [
+        BytesItem("bare", jpeg(0)),
+        BytesItem("mask", jpeg(1), encode(object_mask())),
+        BytesItem("all", jpeg(2), encode(object_mask()), palette_png(object_mask())),
+    ]
+    manifest = build_shards(Listing(items), tmp_path, in_order(3))
+    assert (manifest.shards[0].masks, manifest.shards[0].labels) == (2, 1)
+    by_key = {sample["key"]: sample for sample in read_all(tmp_path)}
+    assert (by_key["bare"][MASK], by_key["bare"][LABEL]) == (None, None)
+    assert by_key["all"][LABEL] is not None
+    with pytest.raises(InputError, match=r"1 of 3 samples have no mask, which training needs"):
+        require_component(manifest, "mask", "training")
+    with pytest.raises(InputError, match=r"2 of 3 samples have no label, which measuring needs"):
+        require_component(manifest, "label", "measuring")
+
+
+def test_a_source_that_cannot_be_read_is_a_failed_sample(tmp_path: Path) -> None:
+    class Unreadable(BytesItem):
+        def read(self) -> Any:
+            raise OSError(errno.EIO, "Input/output error", self.key)
+
+    manifest = build_shards(Listing([good(0), Unreadable("x", b"")]), tmp_path, in_order(2))
+    assert (manifest.samples, manifest.failures) == (1, 1)
+    assert lines(tmp_path / "failures.jsonl")[0]["stage"] == "read"
+
+
+def test_odd_file_names_do_not_break_the_list_of_failures(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    names = ["line\u2028separator", "next\u0085line", "new\nline", os.fsdecode(b"caf\xe9"), "图片"]
+    for name in names:
+        write(images / f"{name}.jpg", b"not an image")
+    write(images / "good.jpg", jpeg(0))
+    manifest = build_shards(list_folder(images, None), tmp_path / "shards", in_order(10))
+    assert (manifest.samples, manifest.failures) == (1, 5)
+    found = lines(tmp_path / "shards" / "failures.jsonl")
+    assert {failure["source"] for failure in found} == {f"{name}.jpg" for name in names}
+    assert failure_counts(tmp_path / "shards") == {"image: cannot be decoded": 5}
+    assert len(read_all(tmp_path / "shards")) == 1
+    # read back by a build that goes on
+    assert build_shards(list_folder(images, None), tmp_path / "shards", in_order(10)) == manifest
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    with pytest.raises(InputError, match="samples per shard is 0"):
+        BuildConfig(0)
+    with pytest.raises(InputError, match="shuffle seed"):
+        BuildConfig(shuffle_seed=2**64)
+
+
+# ---------------------------------------------------------------- the output folder
+
+
+def test_a_folder_of_another_build_is_refused_by_name(tmp_path: Path) -> None:
+    build_scene_shards(tmp_path / "a", 4, samples_per_shard=2)
+    before = checksums(tmp_path / "a")
+    other = (
+        (list_scenes(4, 1, 48), BuildConfig(2, "ids")),  # another seed
+        (list_scenes(4, 0, 32), BuildConfig(2, "ids")),  # another size
+        (list_scenes(4, 0, 48), BuildConfig(2, "binary")),
+        (list_scenes(4, 0, 48), BuildConfig(2, "ids", shuffle_seed=5)),
+        (list_scenes(4, 0, 48), BuildConfig(4, "ids")),
+        (list_scenes(6, 0, 48), BuildConfig(2, "ids")),
+    )
+    for listing, config in other:
+        with pytest.raises(InputError, match=r"a holds shard-000000 of another build"):
+            build_shards(listing, tmp_path / "a", config)
+    assert checksums(tmp_path / "a") == before
+
+
+def test_other_masks_of_the_same_images_are_another_build(tmp_path: Path) -> None:
+    images, masks = folder_pair(tmp_path / "source", ["a", "b"])
+    output = tmp_path / "shards"
+    build_shards(list_folder(images, masks), output, in_order(1))
+    before = checksums(output)
+    others = tmp_path / "source" / "others"
+    for name in ("a", "b"):
+        write(others / f"{name}.png", encode(np.ones((20, 30), np.uint8)))
+    for folder in (others, None):
+        with pytest.raises(InputError, match=r"shard-000000, but files of a\.jpg have changed"):
+            build_shards(list_folder(images, folder), output, in_order(1))
+    assert checksums(output) == before
+
+
+def test_a_foreign_file_is_never_touched(tmp_path: Path) -> None:
+    thesis = write(tmp_path / "thesis.tex", b"years of work")
+    with pytest.raises(InputError, match=r"already holds 'thesis.tex', .*--output"):
+        build_scene_shards(tmp_path, 2)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+    thesis.unlink()
+    build_scene_shards(tmp_path, 4, samples_per_shard=2)
+    write(tmp_path / "shard-000009.tar", b"of a longer build")
+    with pytest.raises(InputError, match=r"already holds 'shard-000009.tar'"):
+        build_scene_shards(tmp_path, 4, samples_per_shard=2)
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".shard-000001.tar.4242.tmp", ".manifest.json.7.tmp", ".failures.jsonl.7.tmp"):
+        write(tmp_path / name, b"half")
+    write(tmp_path / ".DS_Store", b"hidden, not ours")
+    write(tmp_path / ".thesis.tmp", b"hidden, not ours")
+    build_scene_shards(tmp_path, 2)
+    hidden = {name for name in os.listdir(tmp_path) if name.startswith(".")}
+    assert hidden == {".DS_Store", ".thesis.tmp"}
+
+
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    write(tmp_path / "file", b"")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="cannot be used as output"):
+            build_scene_shards(output, 2)
+
+
+def test_two_builds_into_one_folder_do_not_meet(tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(InputError, match="another process is writing to"):
+        build_scene_shards(tmp_path, 2)
+    assert build_scene_shards(tmp_path, 2).samples == 2
+
+
+def test_a_link_to_the_folder_is_as_good(tmp_path: Path, shards: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    build_scene_shards(tmp_path / "link", SCENES, samples_per_shard=SHARD)
+    assert checksums(tmp_path / "disk") == checksums(shards)
+
+
+# ---------------------------------------------------------------- going on
+
+
+def test_a_finished_build_is_left_as_it_is(tmp_path: Path) -> None:
+    first = build_scene_shards(tmp_path, 6, samples_per_shard=2)
+    inodes = {path.name: path.stat().st_ino for path in tmp_path.glob("shard-*")}
+    assert build_scene_shards(tmp_path, 6, samples_per_shard=2) == first
+    assert {path.name: path.stat().st_ino for path in tmp_path.glob("shard-*")} == inodes
+
+
+@pytest.mark.parametrize("lost", ["shard-000001.tar", "shard-000001.idx", "shard-000001.json"])
+def test_a_lost_file_is_written_again(tmp_path: Path, lost: str) -> None:
+    build_scene_shards(tmp_path, 6, samples_per_shard=2)
+    before = checksums(tmp_path)
+    (tmp_path / lost).unlink()
+    (tmp_path / "manifest.json").unlink()
+    build_scene_shards(tmp_path, 6, samples_per_shard=2)
+    assert checksums(tmp_path) == before
+
+
+def test_a_shard_cut_short_is_written_again(tmp_path: Path) -> None:
+    build_scene_shards(tmp_path, 4, samples_per_shard=2)
+    before = checksums(tmp_path)
+    os.truncate(tmp_path / "shard-000000.tar", 5000)
+    build_scene_shards(tmp_path, 4, samples_per_shard=2)
+    assert checksums(tmp_path) == before
+
+
+def test_a_damaged_marker_is_named(tmp_path: Path) -> None:
+    build_scene_shards(tmp_path, 4, samples_per_shard=2)
+    (tmp_path / "shard-000001.json").write_bytes(b'{"plan": ')
+    with pytest.raises(InputError, match=r"shard-000001\.json is damaged.*: delete it and run"):
+        build_scene_shards(tmp_path, 4, samples_per_shard=2)
+
+
+def test_samples_that_failed_are_tried_again(tmp_path: Path) -> None:
+    images, masks = folder_pair(tmp_path / "source", ["a", "b", "c", "d"])
+    mended = (images / "c.jpg").read_bytes()
+    (images / "c.jpg").write_bytes(b"broken")
+    output = tmp_path / "shards"
+    assert build_shards(list_folder(images, masks), output, in_order(2)).failures == 1
+    inode = (output / "shard-000000.tar").stat().st_ino
+    (images / "c.jpg").write_bytes(mended)
+    manifest = build_shards(list_folder(images, masks), output, in_order(2))
+    assert (manifest.samples, manifest.failures) == (4, 0)
+    assert (output / "shard-000000.tar").stat().st_ino == inode  # nothing failed there
+    build_shards(list_folder(images, masks), tmp_path / "fresh", in_order(2))
+    assert checksums(output) == checksums(tmp_path / "fresh")
+
+
+def test_errors_survive_the_way_between_processes() -> None:
+    for error in (
+        InputError("what, where, what to do"),
+        SampleError("mask", "has colours"),
+        OSError(errno.ENOSPC, "no space left; free some", "/somewhere"),
+    ):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error)
+        assert str(copy) == str(error)
+        assert vars(copy) == vars(error)
+
+
+# ---------------------------------------------------------------- killed, interrupted, out of disk
+
+
+def start_build(
+    tmp_path: Path, output: Path, processes: int, scenes: int = SCENES, size: int = 48
+) -> "subprocess.Popen[str]":
+    script = write(
+        tmp_path / "build.py", BUILD.format(scenes=scenes, size=size, shard=SHARD).encode()
+    )
+    return subprocess.Popen(
+        [sys.executable, str(script), str(output), str(processes)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_lines(process: "subprocess.Popen[str]", count: int) -> None:
+    assert process.stdout is not None
+    for _ in range(count):
+        assert process.stdout.readline()
+
+
+def wait_for_group(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """Output of the process and of all that it started: it ends when none of them lives."""
+    return process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "shards"
+    moments = np.random.default_rng(0).permutation(len(list(shards.glob("*.tar"))))[:5]
+    for number, moment in enumerate(sorted(moments.tolist())):
+        process = start_build(tmp_path, output, processes=1 + number % 2)
+        wait_for_lines(process, 1 + moment)
+        process.kill()
+        wait_for_group(process)  # workers end with their parent
+        assert process.returncode == -signal.SIGKILL
+        assert not (output / "manifest.json").exists()
+    process = start_build(tmp_path, output, processes=2)
+    _, errors = wait_for_group(process)
+    assert (process.returncode, errors) == (0, "")
+    assert checksums(output) == checksums(shards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3])
+def test_ctrl_c_ends_a_build_at_once_and_cleanly(tmp_path: Path, processes: int) -> None:
+    output = tmp_path / "shards"
+    arguments = f"build scenes --count 400 --size 96 --samples-per-shard 20 -p {processes}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_pipeline.cli", *arguments.split(), "-o", str(output)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("building: ")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+    _, errors = wait_for_group(process)
+    assert process.returncode == 130
+    told = [line for line in errors.splitlines() if not line.startswith("building: ")]
+    assert told == [
+        "maskbank: interrupted; run the same command again to go on: finished shards are kept"
+    ]
+    names = os.listdir(output)
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert "manifest.json" not in names
+    finished = sum(name.endswith(".json") for name in names)
+    assert 1 <= finished < 20
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_told_as_such(tmp_path: Path) -> None:
+    process = start_build(tmp_path, tmp_path / "shards", processes=2, scenes=200, size=96)
+    wait_for_lines(process, 2)  # "start", and a shard: so the workers are there
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    workers = [child for child, command in commands.items() if b"spawn_main" in command]
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, errors = wait_for_group(process)
+    assert process.returncode == 1
+    assert "InputError: a worker process was killed from outside" in errors
+    assert not list((tmp_path / "shards").glob(".*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
+    try:
+        made = subprocess.run(mount, capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here")
+    if made.returncode:
+        pytest.skip(f"no file system may be mounted here: {made.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def suppress_full_disk(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        told = (error.errno, error.strerror, error.filename)
+        message = "no space left; free some and run the same command again: finished shards stay"
+        if told != (errno.ENOSPC, message, str(output)):
+            raise
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    output, ballast = small_disk / "shards", small_disk / "ballast"
+    build_scene_shards(tmp_path / "whole", 6, samples_per_shard=2)
+    whole = checksums(tmp_path / "whole")
+    failed_at = set()
+    output.mkdir()
+    # less ballast each time, by a page: the disk is full at every file and block of the build once
+    for pages in range(60, -1, -1):
+        ballast.write_bytes(bytes(pages * 4096))
+        if checksums(output) == whole:
+            break
+        with suppress_full_disk(output):
+            build_scene_shards(output, 6, samples_per_shard=2)
+        found = checksums(output)
+        assert found.items() <= whole.items()  # whole files only, and no temporary ones
+        failed_at.add(len(found))
+    assert checksums(output) == whole
+    assert len(failed_at) >= 6  # archives, indices, markers, lists
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_by_worker_processes_too(small_disk: Path) -> None:
+    listing, config = list_scenes(60, 0, 64), BuildConfig(5, "ids")
+    with pytest.raises(OSError, match="no space left; free some") as caught:
+        build_shards(listing, small_disk / "shards", config, processes=2)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list((small_disk / "shards").glob(".*"))
+    assert not (small_disk / "shards" / "manifest.json").exists()
+
+
+def test_a_disk_that_is_read_only_is_refused_at_once(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(InputError, match=r"disk cannot be written to; give --output"):
+        build_scene_shards(small_disk, 2)
+    with pytest.raises(InputError, match=r"cannot be used as output \(Read-only file system\)"):
+        build_scene_shards(small_disk / "below", 2)
