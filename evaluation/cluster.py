@@ -79,7 +79,7 @@ def whiten(points: NDArray[np.float64], dimensions: int, seed: int = 0) -> NDArr
     Directions without variance are left out: whitening would blow their rounding errors up to the
     size of what was learned. So n points give n − 1 columns at most, and equal points none.
     """
-    dimensions = min(dimensions, len(points) - 1, points.shape[1])
+    dimensions = min(dimensions, *points.shape)
     with np.errstate(invalid="ignore"):  # its share of no variance at all, where points are equal
         model = PCA(dimensions, random_state=seed).fit(points)
     kept = model.explained_variance_ > _NO_VARIANCE

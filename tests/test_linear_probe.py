@@ -234,8 +234,8 @@ def test_ranks_change_it_by_rounding_only(
     arguments = (scenes[0].root, scenes[1].root, config)
     [alone] = run_on_ranks(_evaluate, 1, *arguments)
     for result in run_on_ranks(_evaluate, world_size, *arguments):
-        assert result.values == pytest.approx(alone.values, abs=1e-4)
+        assert result.values == pytest.approx(alone.values, abs=0.01)  # percent
         assert result.confusion.sum() == alone.confusion.sum()
         assert (result.confusion.sum(0)[1:] > 0).any(), "more than background is predicted"
-        assert np.abs(result.confusion - alone.confusion).sum() <= 2
+        assert np.abs(result.confusion - alone.confusion).sum() <= 4
         np.testing.assert_allclose(result.iou, alone.iou, atol=0.01)

@@ -186,6 +186,8 @@ def test_other_images_become_rgb_png_without_loss(data: bytes, expected: np.ndar
     sample = pack(data)
     packed = Image.open(io.BytesIO(sample.components["png"]))
     assert packed.mode == "RGB"
+    assert sample.components["png"] != data
+    assert sample.components["png"][24] == 8  # bits a channel
     assert packed.getexif().get(0x0112) is None
     expected = (
         np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) if expected is None else expected

@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_ends_every_rank(shards: Path, tmp_path: Path)
         (3, (), "data.batch_size 8 is not divisible by 3 ranks"),
         (1, ("optim.accumulate=3",), "1 ranks × 3 micro-batches"),
         (8, (), "one image, of which batch norm"),
-        (1, ("data.shards=",), "data.shards is not set"),
+        (1, ('data.shards=""',), "data.shards is not set"),
         (1, ("data.shards=/nowhere",), "/nowhere holds no manifest.json"),
         (1, ("model.start=none.pth",), "there is no file none.pth"),
         (1, ("run.steps=0", "run.epochs=0.01"), "less than one batch of 8"),

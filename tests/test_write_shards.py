@@ -41,6 +41,20 @@ from tests.data import (
 )
 
 SCENES, SHARD = 24, 4
+LONG_SHARDS = """
+import sys
+from pathlib import Path
+from data_pipeline.sources.generated import list_scenes
+from data_pipeline.sources.item import Listing
+from data_pipeline.write_shards import BuildConfig, build_shards
+if __name__ == "__main__":
+    items = [*list_scenes(20, 0, 16).items, *list_scenes(180, 1, 4096).items]
+    config = BuildConfig(20, "ids", shuffle_seed=-1)
+    build_shards(
+        Listing(items), Path(sys.argv[1]), config, int(sys.argv[2]),
+        lambda done, failed: print(done, failed, flush=True),
+    )
+"""
 BUILD = """
 import sys
 from pathlib import Path
@@ -49,7 +63,7 @@ from data_pipeline.write_shards import BuildConfig, build_shards
 if __name__ == "__main__":
     print("start", flush=True)
     build_shards(
-        list_scenes({scenes}, 0, {size}), Path(sys.argv[1]), BuildConfig({shard}, "ids"),
+        list_scenes(24, 0, 48), Path(sys.argv[1]), BuildConfig(4, "ids"),
         int(sys.argv[2]), lambda done, failed: print(done, failed, flush=True),
     )
 """
@@ -176,6 +190,7 @@ def read_all(root: Path) -> list[dict[str, Any]]:
     return samples
 
 
+@pytest.mark.slow
 def test_webdataset_reads_the_same_samples(shards: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     urls = [str(path) for path in sorted(shards.glob("*.tar"))]
@@ -193,12 +208,13 @@ def test_dali_reads_the_same_samples(shards: Path) -> None:
 
     @pipeline_def(batch_size=SCENES, num_threads=1, device_id=None)
     def graph() -> Any:
-        return fn.readers.webdataset(
+        image, mask, label = fn.readers.webdataset(
             paths=[str(path) for path in sorted(shards.glob("*.tar"))],
             index_paths=[str(path) for path in sorted(shards.glob("*.idx"))],
             ext=["jpg", MASK, LABEL],
             missing_component_behavior="error",
         )
+        return image, mask, label
 
     pipeline = graph()
     pipeline.build()
@@ -479,13 +495,11 @@ def test_errors_survive_the_way_between_processes() -> None:
 
 
 def start_build(
-    tmp_path: Path, output: Path, processes: int, scenes: int = SCENES, size: int = 48
+    tmp_path: Path, output: Path, processes: int, script: str = BUILD
 ) -> "subprocess.Popen[str]":
-    script = write(
-        tmp_path / "build.py", BUILD.format(scenes=scenes, size=size, shard=SHARD).encode()
-    )
+    path = write(tmp_path / "build.py", script.encode())
     return subprocess.Popen(
-        [sys.executable, str(script), str(output), str(processes)],
+        [sys.executable, str(path), str(output), str(processes)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -507,14 +521,13 @@ def wait_for_group(process: "subprocess.Popen[str]") -> tuple[str, str]:
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "shards"
-    moments = np.random.default_rng(0).permutation(len(list(shards.glob("*.tar"))))[:5]
+    moments = np.random.default_rng(0).permutation(SCENES // SHARD - 1)
     for number, moment in enumerate(sorted(moments.tolist())):
         process = start_build(tmp_path, output, processes=1 + number % 2)
         wait_for_lines(process, 1 + moment)
         process.kill()
         wait_for_group(process)  # workers end with their parent
         assert process.returncode == -signal.SIGKILL
-        assert not (output / "manifest.json").exists()
     process = start_build(tmp_path, output, processes=2)
     _, errors = wait_for_group(process)
     assert (process.returncode, errors) == (0, "")
@@ -550,13 +563,29 @@ def test_ctrl_c_ends_a_build_at_once_and_cleanly(tmp_path: Path, processes: int)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_does_not_wait_for_the_shards_under_way(tmp_path: Path, processes: int) -> None:
+    process = start_build(tmp_path, tmp_path / "shards", processes, script=LONG_SHARDS)
+    wait_for_lines(process, 1)  # the other shards take minutes each: waiting would run out of time
+    process.send_signal(signal.SIGINT)
+    wait_for_group(process)
+    assert process.returncode == -signal.SIGINT
+    assert len(list((tmp_path / "shards").glob("*.json"))) == 1
+    assert not list((tmp_path / "shards").glob(".*"))
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_told_as_such(tmp_path: Path) -> None:
-    process = start_build(tmp_path, tmp_path / "shards", processes=2, scenes=200, size=96)
-    wait_for_lines(process, 2)  # "start", and a shard: so the workers are there
+    process = start_build(tmp_path, tmp_path / "shards", processes=2, script=LONG_SHARDS)
+    wait_for_lines(process, 1)  # a shard is written: so the workers are there
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
     workers = [child for child, command in commands.items() if b"spawn_main" in command]
     assert len(workers) == 2
+    for worker in workers:  # Ctrl-C is not theirs to see
+        status = Path(f"/proc/{worker}/status").read_text()
+        blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+        assert blocked & (1 << (signal.SIGINT - 1))
     os.kill(int(workers[0]), signal.SIGKILL)
     _, errors = wait_for_group(process)
     assert process.returncode == 1

@@ -53,7 +53,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     state = TrainState(config, plan, ranks)
     stream, log, stop = state.stream(), state.metrics_log(), StopRequest()
     meter, micro_batches = state.meter, config.optim.accumulate
-    clock = Clock(config.data.batch_size, stream)
+    clock = Clock(config.data.batch_size, stream, state.seconds, state.step)
     step = state.step
     try:
         while step < plan.total_steps:
@@ -87,6 +87,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
                 log.advance(step)
             stopping = stop.agreed(ranks)
             if step % config.run.checkpoint_every == 0 or step == plan.total_steps or stopping:
+                state.seconds = clock.total_seconds
                 state.save(step)
             if stopping:
                 break
@@ -112,7 +113,7 @@ class TrainState:
         self.engine = DdpEngine(network.train(), config.optim, ranks, config.run.precision)
         self.bank = ShardedMemoryBank(config.bank.capacity, config.model.embedding_dim, ranks)
         self.meter = Meter(ranks)
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         if plan.checkpoint is not None:
             self._load()
         elif ranks.is_main:
@@ -164,7 +165,12 @@ class TrainState:
                 "momentum": self.momentum_encoder.state_dict(),
                 "optimizer": self.engine.optimizer.state_dict(),
                 "bank": bank,
-                "progress": {"step": step, "data": self.plan.data_fingerprint, "meter": meter},
+                "progress": {
+                    "step": step,
+                    "seconds": self.seconds,
+                    "data": self.plan.data_fingerprint,
+                    "meter": meter,
+                },
             }
             try:
                 save_checkpoint(self.run, step, parts, self.config.run.keep_checkpoints)
@@ -190,26 +196,41 @@ class TrainState:
         self.engine.optimizer.load_state_dict(load("optimizer"))
         self.bank.load_state(load("bank"))
         progress = load("progress")
-        self.step = int(progress["step"])
+        self.step, self.seconds = int(progress["step"]), float(progress["seconds"])
         if self.ranks.is_main:
             self.meter.totals = progress["meter"].to(self.ranks.device)
 
 
 class Clock:
-    """Images a second and the share of time that training waits for data, between two readings."""
+    """Images a second and the share of time that training waits for data, between two readings.
 
-    def __init__(self, batch_size: int, stream: BatchStream) -> None:
-        self._batch_size, self._stream = batch_size, stream
-        self._time, self._wait, self._step = time.perf_counter(), 0.0, -1
+    Args:
+        batch_size: images a step, over all ranks.
+        stream: whose waiting is read.
+        seconds_before: of training before this start.
+        step: finished steps at this start.
+    """
+
+    def __init__(
+        self, batch_size: int, stream: BatchStream, seconds_before: float, step: int
+    ) -> None:
+        self._batch_size, self._stream, self._step = batch_size, stream, step
+        self._time, self._wait = time.perf_counter(), 0.0
+        self._zero = self._time - seconds_before
+
+    @property
+    def total_seconds(self) -> float:
+        """Since training began, without the time between a stop and the next start."""
+        return time.perf_counter() - self._zero
 
     def read(self, step: int, total_steps: int) -> dict[str, float]:
         now, wait = time.perf_counter(), self._stream.wait_seconds
-        steps = step - self._step if self._step >= 0 else 1
-        seconds = max(now - self._time, 1e-9)
+        steps, seconds = step - self._step, max(now - self._time, 1e-9)
         speed = {
             "images_per_second": steps * self._batch_size / seconds,
             "data_wait": (wait - self._wait) / seconds,
             "eta_seconds": (total_steps - step) * seconds / steps,
+            "seconds": self.total_seconds,
         }
         self._time, self._wait, self._step = now, wait, step
         return speed

@@ -1,8 +1,8 @@
 """Procedurally rendered scenes: a small data set that ships as code instead of pictures.
 
 A scene is one salient object (sometimes two) of a known class in front of a cluttered background.
-A class is a family of shapes with a pattern and usual hues of its own. Its hues lie near those of
-other classes and half of the backgrounds' hues are some class's, so colour is a hint, not a proof.
+A class is a family of shapes with a pattern and usual hues of its own, which lie near those of other
+classes; distractors have any hue. So colour is a hint at class and foreground, and no proof.
 
 An object is a signed distance field (negative inside) and a paint, both over a local frame where it
 spans about [-1, 1]^2, u to the right and v down. Distances are approximate away from the border.
@@ -294,11 +294,11 @@ def _noise(rng: Rng, cells: int, height: int, width: int) -> Array:
 
 def _background(rng: Rng, height: int, width: int) -> Array:
     """Clutter, [H, W, 3] float RGB in about [0, 1]."""
-    # Half of the hues are some class's own, so that a hue is no sign of an object.
-    borrowed = list(_FAMILIES.values())[int(rng.integers(len(_FAMILIES)))][1]
-    hues = [float(rng.choice(borrowed) if rng.random() < 0.5 else rng.random()) for _ in range(5)]
-    mean, strength = rng.uniform(0.32, 0.82), rng.uniform(0.1, 0.7)
-    inks = [_hsv(h, strength + rng.normal(0, 0.12), mean + rng.normal(0, 0.16)) for h in hues]
+    # Muted grounds look much alike, as they do in photographs of one world: otherwise a picture
+    # could be told from all others by its ground alone, and objects need not be looked at.
+    mean = rng.uniform(0.4, 0.7)
+    tints = [(rng.random(), rng.uniform(0.02, 0.25), rng.normal(mean, 0.12)) for _ in range(4)]
+    inks = [_hsv(*tint) for tint in tints]
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
     slope = rng.uniform(-1, 1) * columns / width + rng.uniform(-1, 1) * rows / height
     rgb = _over(inks[0], inks[1], np.clip(slope + _noise(rng, 4, height, width), 0, 1))
@@ -316,8 +316,9 @@ def _background(rng: Rng, height: int, width: int) -> Array:
         around = np.linspace(0, math.tau, int(rng.choice((3, 4, 5, 16))), endpoint=False)
         corners = _turned(rng.uniform(0, math.tau)) @ [a * np.cos(around), b * np.sin(around)]
         corners += rng.random((2, 1)) * [[2 * width], [2 * height]]
-        ink = np.clip(inks[int(rng.integers(5))] + rng.normal(0, 0.06, 3), 0, 1)
-        fill = tuple((255 * ink).astype(int).tolist())
+        # Any hue, like the objects', so that colour alone is no sign of one.
+        ink = _hsv(rng.random(), rng.uniform(0.2, 0.95), rng.uniform(0.35, 0.95))
+        fill = tuple(int(255 * level) for level in ink)
         draw.polygon([(x, y) for x, y in corners.T.tolist()], fill)
     rgb = np.asarray(sheet.reduce(2), np.float32) / 255
     for cells, most in ((12, 0.12), (32, 0.12), (80, 0.08)):
