@@ -18,6 +18,8 @@ TRAINING = (
     *("model.backbone=resnet18", "model.decoder_channels=256", "model.dropout=0.5"),
     *("model.atrous_rates=[12,24,36]", "model.momentum=0.99", "bank.capacity=256"),
     *("views.image_size=96", "data.batch_size=32", "loss.temperature=0.5"),
+    *("views.jitter_probability=0.8", "views.brightness=0.4", "views.contrast=0.4"),
+    *("views.saturation=0.4", "views.hue=0.1", "views.grayscale_probability=0.2"),
     *("optim.lr=0.05", "optim.per=step", "optim.warmup_steps=0", "run.precision=bf16"),
 )
 KMEANS = (

@@ -24,13 +24,17 @@ BLOCK_CLASSES = ("background", "ant", "bee", "cow")
 
 @dataclass(frozen=True)
 class BlockItem:
-    """Noise with one rectangle of a class (0: none), known to the pixel; a border is ignored."""
+    """Noise with one rectangle of a class (0: none), known to the pixel; a border is ignored.
+
+    Where it is tinted, the rectangle has a colour of its class, so that there is something to learn.
+    """
 
     index: int
     label_class: int
     height: int
     width: int
     masked: bool = True
+    tinted: bool = False
 
     @property
     def key(self) -> str:
@@ -52,9 +56,11 @@ class BlockItem:
 
     def read(self) -> RawSample:
         noise = np.random.default_rng(self.index).integers(0, 256, (self.height, self.width, 3))
+        label = self.label()
+        if self.tinted:
+            noise = noise // 4 + 60 * np.eye(4)[label % 255][..., 1:].astype(np.int64)
         image = io.BytesIO()
         Image.fromarray(noise.astype(np.uint8)).save(image, "PNG")
-        label = self.label()
         mask = encode_png((label % 255 > 0).astype(np.uint8)) if self.masked else None
         return RawSample(image.getvalue(), mask, encode_png(label))
 
@@ -66,9 +72,10 @@ def block_shards(
     masked: bool = True,
     names: tuple[str, ...] = BLOCK_CLASSES,
     first: int = 0,
+    tinted: bool = False,
 ) -> Manifest:
     """One image for each of `classes`, in that order, 10 a shard."""
-    items = [BlockItem(first + i, label, *size, masked) for i, label in enumerate(classes)]
+    items = [BlockItem(first + i, label, *size, masked, tinted) for i, label in enumerate(classes)]
     return build_shards(Listing(items, (), names), folder, BuildConfig(10, shuffle_seed=-1))
 
 

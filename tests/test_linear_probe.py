@@ -17,7 +17,7 @@ from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resiz
 from evaluation.linear_probe import LinearConfig, augmented, evaluate_linear
 from evaluation.miou import confusion, score
 from evaluation.result import Result
-from tests.evaluation_data import block_shards, oracle, random_encoder, scene_shards
+from tests.evaluation_data import block_shards, oracle, random_encoder
 from tests.ranks import run_on_ranks
 from trainer.distributed import Ranks
 from trainer.encoder import Encoder
@@ -35,9 +35,11 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest]:
-    folder = tmp_path_factory.mktemp("scenes")
-    return scene_shards(folder / "train", 7, seed=1), scene_shards(folder / "test", 5, seed=2)
+def tinted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest]:
+    folder = tmp_path_factory.mktemp("tinted")
+    train = block_shards(folder / "train", [1, 2, 3, 1, 2, 3, 1], (44, 52), tinted=True)
+    test = block_shards(folder / "test", [1, 2, 3, 0, 2], (52, 44), tinted=True, first=50)
+    return train, test
 
 
 def test_published_protocol_is_the_default() -> None:
@@ -105,10 +107,10 @@ def plain_probe(
 
 
 @pytest.mark.parametrize("select", ["best", "last"])
-def test_equals_a_plain_implementation(scenes: tuple[Manifest, Manifest], select: str) -> None:
+def test_equals_a_plain_implementation(tinted: tuple[Manifest, Manifest], select: str) -> None:
     config = replace(QUICK, size=40, batch_size=3, select=select, seeds=(4,), decay_epoch=2)
-    result = evaluate_linear(random_encoder(), *scenes, config, ALONE)
-    matrices = plain_probe(random_encoder(), *scenes, config)
+    result = evaluate_linear(random_encoder(), *tinted, config, ALONE)
+    matrices = plain_probe(random_encoder(), *tinted, config)
     scores = [score(matrix).miou for matrix in matrices]
     counted = int(np.argmax(scores)) if select == "best" else config.epochs - 1
     assert result.values[0] == pytest.approx(scores[counted], abs=0.05)
@@ -117,21 +119,21 @@ def test_equals_a_plain_implementation(scenes: tuple[Manifest, Manifest], select
     assert len(set(scores)) > 1
 
 
-def test_only_epochs_that_are_looked_at_can_be_best(scenes: tuple[Manifest, Manifest]) -> None:
+def test_only_epochs_that_are_looked_at_can_be_best(tinted: tuple[Manifest, Manifest]) -> None:
     config = replace(QUICK, size=40, batch_size=3, lr=3.0)
-    each = evaluate_linear(random_encoder(), *scenes, config, ALONE)
-    last = evaluate_linear(random_encoder(), *scenes, replace(config, select="last"), ALONE)
-    rarely = evaluate_linear(random_encoder(), *scenes, replace(config, evaluate_every=9), ALONE)
+    each = evaluate_linear(random_encoder(), *tinted, config, ALONE)
+    last = evaluate_linear(random_encoder(), *tinted, replace(config, select="last"), ALONE)
+    rarely = evaluate_linear(random_encoder(), *tinted, replace(config, evaluate_every=9), ALONE)
     assert rarely.values == last.values
     assert each.mean >= last.mean
 
 
-def test_augmentation_changes_what_is_learned(scenes: tuple[Manifest, Manifest]) -> None:
+def test_augmentation_changes_what_is_learned(tinted: tuple[Manifest, Manifest]) -> None:
     config = replace(QUICK, size=40, lr=3.0, select="last")
-    cached = evaluate_linear(random_encoder(), *scenes, config, ALONE)
-    seen = evaluate_linear(random_encoder(), *scenes, replace(config, augment=True), ALONE)
+    cached = evaluate_linear(random_encoder(), *tinted, config, ALONE)
+    seen = evaluate_linear(random_encoder(), *tinted, replace(config, augment=True), ALONE)
     again = evaluate_linear(
-        random_encoder(), *scenes, replace(config, augment=True), ALONE, threads=1
+        random_encoder(), *tinted, replace(config, augment=True), ALONE, threads=1
     )
     assert seen.confusion.tolist() == again.confusion.tolist()
     assert cached.confusion.tolist() != seen.confusion.tolist()
@@ -227,11 +229,11 @@ def _evaluate(ranks: Ranks, train: Path, test: Path, config: LinearConfig) -> Re
 @pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_change_it_by_rounding_only(
-    scenes: tuple[Manifest, Manifest], world_size: int, augment: bool
+    tinted: tuple[Manifest, Manifest], world_size: int, augment: bool
 ) -> None:
     """7 and 5 images in batches of 3: no share is even, and some ranks have none of a batch."""
     config = replace(QUICK, size=40, epochs=6, batch_size=3, lr=3.0, augment=augment, seeds=(0, 1))
-    arguments = (scenes[0].root, scenes[1].root, config)
+    arguments = (tinted[0].root, tinted[1].root, config)
     [alone] = run_on_ranks(_evaluate, 1, *arguments)
     for result in run_on_ranks(_evaluate, world_size, *arguments):
         assert result.values == pytest.approx(alone.values, abs=0.01)  # percent

@@ -248,7 +248,7 @@ def test_a_run_directory_of_other_settings_or_data_is_refused(
     shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     output = finish(command(shards, undisturbed, 1, "optim.lr=0.3"), status=2)
-    assert "optim.lr was 0.1 and is now 0.3" in output
+    assert "optim.lr was 0.2 and is now 0.3" in output
     build_shards(list_scenes(20, 5, 40), tmp_path / "other", BuildConfig(7, "ids"))
     output = finish(command(tmp_path / "other", undisturbed, 1), status=2)
     assert "was trained on other shards" in output

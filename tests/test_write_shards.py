@@ -4,21 +4,15 @@ import errno
 import io
 import json
 import os
-import pickle
-import signal
-import subprocess
-import sys
 import tarfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from data_pipeline.errors import InputError, SampleError
+from data_pipeline.errors import InputError
 from data_pipeline.files import only_writer
 from data_pipeline.index import DatasetIndex
 from data_pipeline.manifest import read_manifest, require_component
@@ -41,32 +35,6 @@ from tests.data import (
 )
 
 SCENES, SHARD = 24, 4
-LONG_SHARDS = """
-import sys
-from pathlib import Path
-from data_pipeline.sources.generated import list_scenes
-from data_pipeline.sources.item import Listing
-from data_pipeline.write_shards import BuildConfig, build_shards
-if __name__ == "__main__":
-    items = [*list_scenes(20, 0, 16).items, *list_scenes(180, 1, 4096).items]
-    config = BuildConfig(20, "ids", shuffle_seed=-1)
-    build_shards(
-        Listing(items), Path(sys.argv[1]), config, int(sys.argv[2]),
-        lambda done, failed: print(done, failed, flush=True),
-    )
-"""
-BUILD = """
-import sys
-from pathlib import Path
-from data_pipeline.sources.generated import list_scenes
-from data_pipeline.write_shards import BuildConfig, build_shards
-if __name__ == "__main__":
-    print("start", flush=True)
-    build_shards(
-        list_scenes(24, 0, 48), Path(sys.argv[1]), BuildConfig(4, "ids"),
-        int(sys.argv[2]), lambda done, failed: print(done, failed, flush=True),
-    )
-"""
 
 
 def jpeg(number: int) -> bytes:
@@ -477,184 +445,3 @@ def test_samples_that_failed_are_tried_again(tmp_path: Path) -> None:
     assert (output / "shard-000000.tar").stat().st_ino == inode  # nothing failed there
     build_shards(list_folder(images, masks), tmp_path / "fresh", in_order(2))
     assert checksums(output) == checksums(tmp_path / "fresh")
-
-
-def test_errors_survive_the_way_between_processes() -> None:
-    for error in (
-        InputError("what, where, what to do"),
-        SampleError("mask", "has colours"),
-        OSError(errno.ENOSPC, "no space left; free some", "/somewhere"),
-    ):
-        copy = pickle.loads(pickle.dumps(error))
-        assert type(copy) is type(error)
-        assert str(copy) == str(error)
-        assert vars(copy) == vars(error)
-
-
-# ---------------------------------------------------------------- killed, interrupted, out of disk
-
-
-def start_build(
-    tmp_path: Path, output: Path, processes: int, script: str = BUILD
-) -> "subprocess.Popen[str]":
-    path = write(tmp_path / "build.py", script.encode())
-    return subprocess.Popen(
-        [sys.executable, str(path), str(output), str(processes)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_lines(process: "subprocess.Popen[str]", count: int) -> None:
-    assert process.stdout is not None
-    for _ in range(count):
-        assert process.stdout.readline()
-
-
-def wait_for_group(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    """Output of the process and of all that it started: it ends when none of them lives."""
-    return process.communicate(timeout=60)
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(shards: Path, tmp_path: Path) -> None:
-    output = tmp_path / "shards"
-    moments = np.random.default_rng(0).permutation(SCENES // SHARD - 1)
-    for number, moment in enumerate(sorted(moments.tolist())):
-        process = start_build(tmp_path, output, processes=1 + number % 2)
-        wait_for_lines(process, 1 + moment)
-        process.kill()
-        wait_for_group(process)  # workers end with their parent
-        assert process.returncode == -signal.SIGKILL
-    process = start_build(tmp_path, output, processes=2)
-    _, errors = wait_for_group(process)
-    assert (process.returncode, errors) == (0, "")
-    assert checksums(output) == checksums(shards)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 3])
-def test_ctrl_c_ends_a_build_at_once_and_cleanly(tmp_path: Path, processes: int) -> None:
-    output = tmp_path / "shards"
-    arguments = f"build scenes --count 400 --size 96 --samples-per-shard 20 -p {processes}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "data_pipeline.cli", *arguments.split(), "-o", str(output)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith("building: ")
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
-    _, errors = wait_for_group(process)
-    assert process.returncode == 130
-    told = [line for line in errors.splitlines() if not line.startswith("building: ")]
-    assert told == [
-        "maskbank: interrupted; run the same command again to go on: finished shards are kept"
-    ]
-    names = os.listdir(output)
-    assert not [name for name in names if name.endswith(".tmp")]
-    assert "manifest.json" not in names
-    finished = sum(name.endswith(".json") for name in names)
-    assert 1 <= finished < 20
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_does_not_wait_for_the_shards_under_way(tmp_path: Path, processes: int) -> None:
-    process = start_build(tmp_path, tmp_path / "shards", processes, script=LONG_SHARDS)
-    wait_for_lines(process, 1)  # the other shards take minutes each: waiting would run out of time
-    process.send_signal(signal.SIGINT)
-    wait_for_group(process)
-    assert process.returncode == -signal.SIGINT
-    assert len(list((tmp_path / "shards").glob("*.json"))) == 1
-    assert not list((tmp_path / "shards").glob(".*"))
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_is_told_as_such(tmp_path: Path) -> None:
-    process = start_build(tmp_path, tmp_path / "shards", processes=2, script=LONG_SHARDS)
-    wait_for_lines(process, 1)  # a shard is written: so the workers are there
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-    workers = [child for child, command in commands.items() if b"spawn_main" in command]
-    assert len(workers) == 2
-    for worker in workers:  # Ctrl-C is not theirs to see
-        status = Path(f"/proc/{worker}/status").read_text()
-        blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
-        assert blocked & (1 << (signal.SIGINT - 1))
-    os.kill(int(workers[0]), signal.SIGKILL)
-    _, errors = wait_for_group(process)
-    assert process.returncode == 1
-    assert "InputError: a worker process was killed from outside" in errors
-    assert not list((tmp_path / "shards").glob(".*"))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 256 KiB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
-    try:
-        made = subprocess.run(mount, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command here")
-    if made.returncode:
-        pytest.skip(f"no file system may be mounted here: {made.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@contextmanager
-def suppress_full_disk(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        told = (error.errno, error.strerror, error.filename)
-        message = "no space left; free some and run the same command again: finished shards stay"
-        if told != (errno.ENOSPC, message, str(output)):
-            raise
-
-
-def test_a_full_disk_is_told_and_leaves_nothing_half_written(
-    small_disk: Path, tmp_path: Path
-) -> None:
-    output, ballast = small_disk / "shards", small_disk / "ballast"
-    build_scene_shards(tmp_path / "whole", 6, samples_per_shard=2)
-    whole = checksums(tmp_path / "whole")
-    failed_at = set()
-    output.mkdir()
-    # less ballast each time, by a page: the disk is full at every file and block of the build once
-    for pages in range(60, -1, -1):
-        ballast.write_bytes(bytes(pages * 4096))
-        if checksums(output) == whole:
-            break
-        with suppress_full_disk(output):
-            build_scene_shards(output, 6, samples_per_shard=2)
-        found = checksums(output)
-        assert found.items() <= whole.items()  # whole files only, and no temporary ones
-        failed_at.add(len(found))
-    assert checksums(output) == whole
-    assert len(failed_at) >= 6  # archives, indices, markers, lists
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_told_by_worker_processes_too(small_disk: Path) -> None:
-    listing, config = list_scenes(60, 0, 64), BuildConfig(5, "ids")
-    with pytest.raises(OSError, match="no space left; free some") as caught:
-        build_shards(listing, small_disk / "shards", config, processes=2)
-    assert caught.value.errno == errno.ENOSPC
-    assert not list((small_disk / "shards").glob(".*"))
-    assert not (small_disk / "shards" / "manifest.json").exists()
-
-
-def test_a_disk_that_is_read_only_is_refused_at_once(small_disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(InputError, match=r"disk cannot be written to; give --output"):
-        build_scene_shards(small_disk, 2)
-    with pytest.raises(InputError, match=r"cannot be used as output \(Read-only file system\)"):
-        build_scene_shards(small_disk / "below", 2)

@@ -1,5 +1,6 @@
 """Gradients over all ranks: what the training loop needs of DDP, and nothing else of it."""
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -32,7 +33,9 @@ class DdpEngine:
         self._ddp: DistributedDataParallel | None = None
         if ranks.world_size > 1:
             # broadcast_buffers would overwrite each rank's batch norm statistics with rank 0's
-            self._ddp = DistributedDataParallel(network, broadcast_buffers=False)
+            with warnings.catch_warnings():  # newer torch wants a name that older torch lacks
+                warnings.simplefilter("ignore", FutureWarning)
+                self._ddp = DistributedDataParallel(network, broadcast_buffers=False)
             self._wrapped = self._ddp
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(
