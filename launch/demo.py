@@ -2,8 +2,11 @@
 
 import shlex
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +122,21 @@ def _run_together(step: Step) -> int:
     if len(step.commands) == 1:
         return run(step.commands[0], step.num_processes)
     environment = rank_environment(len(step.commands))
-    processes = [subprocess.Popen(command, env=environment) for command in step.commands]
-    return next((status for p in processes if (status := p.wait())), 0)
+    first, *others = step.commands
+    with ExitStack() as files:
+        # shown afterwards, since two progress bars would overwrite each other
+        outputs = [files.enter_context(tempfile.TemporaryFile()) for _ in others]
+        processes = [subprocess.Popen(first, env=environment)]
+        processes += [
+            subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            for command, output in zip(others, outputs, strict=True)
+        ]
+        statuses = [process.wait() for process in processes]
+        for output in outputs:
+            output.seek(0)
+            sys.stdout.buffer.write(output.read())
+            sys.stdout.flush()
+    return next((status for status in statuses if status), 0)
 
 
 def _shown(command: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ BLOCK_CLASSES = ("background", "ant", "bee", "cow")
 class BlockItem:
     """Noise with one rectangle of a class (0: none), known to the pixel; a border is ignored.
 
-    Where it is tinted, the rectangle has a colour of its class, so that there is something to learn.
+    Where it is tinted, the rectangle has a colour of its class, so that a classifier can learn it.
     """
 
     index: int

@@ -205,7 +205,7 @@ def test_options_train_on_two_ranks(
 def test_a_loss_that_is_not_finite_ends_every_rank(shards: Path, tmp_path: Path) -> None:
     settings = ("optim.lr=1e30", "run.precision=float32", "run.log_every=1")
     output = finish(command(shards, tmp_path / "run", 2, *settings), status=1)
-    assert "maskbank: the loss is" in output
+    assert "maskbank: rank 0: the loss is" in output
     assert "lower optim.lr" in output
 
 

@@ -56,15 +56,18 @@ def load_encoder(path: Path | str, initial: bool = False) -> Encoder:
     network = PixelEncoder(config.model)
     state = checkpoint.load("model")
     own = network.state_dict()
-    for name, value in own.items():
-        if name not in state or state[name].shape != value.shape:
+    for name in sorted(own.keys() | state.keys()):
+        if _shape(state, name) != _shape(own, name):
             raise InputError(
                 f"{checkpoint.path} is of another architecture than {run / 'config.yaml'}: {name} "
-                f"is {list(state[name].shape) if name in state else 'missing'}, expected "
-                f"{list(value.shape)}"
+                f"is {_shape(state, name)} there, and {_shape(own, name)} by the configuration"
             )
     network.load_state_dict(state)
     return Encoder(network, checkpoint.step)
+
+
+def _shape(state: dict[str, Tensor], name: str) -> str:
+    return str(list(state[name].shape)) if name in state else "missing"
 
 
 def read_run_config(run: Path) -> TrainConfig:

@@ -40,15 +40,16 @@ from trainer.preemption import StopRequest
 from trainer.preflight import Plan, add_arguments, plan_run
 from trainer.schedule import learning_rate
 
+_RANK_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"))  # as torchrun sets them
 
-def train(config: TrainConfig, ranks: Ranks) -> int:
+
+def train(config: TrainConfig, plan: Plan, ranks: Ranks) -> int:
     """Trains until the run is done or was asked to stop; returns the number of finished steps.
 
     Raises:
-        InputError: something the user gave is wrong; nothing was trained.
+        InputError: shards or checkpoint cannot be read, perhaps on this rank alone.
         FloatingPointError: the loss is not finite, on every rank at the same step.
     """
-    plan = plan_run(config, ranks.world_size)
     barrier(ranks)  # every rank has looked before one writes
     state = TrainState(config, plan, ranks)
     stream, log, stop = state.stream(), state.metrics_log(), StopRequest()
@@ -259,21 +260,23 @@ def main(arguments: list[str] | None = None) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    is_main = os.environ.get("RANK", "0") == "0"
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
     try:
         config = load_config(options.recipe, options.config, options.settings)
+        plan = plan_run(config, world_size)
         ranks = start_ranks(config.run.device, config.run.timeout_seconds)
-        if ranks.device.type == "cpu":
-            torch.set_num_threads(config.run.threads or cores_per_rank())
-        train(config, ranks)
-    except InputError as error:
-        if is_main:
+    except InputError as error:  # the same on every rank
+        if rank == 0:
             print(f"maskbank: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except (FloatingPointError, OSError) as error:
-        if is_main:
-            print(f"maskbank: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(config.run.threads or cores_per_rank())
+    try:
+        train(config, plan, ranks)
+    except (InputError, OSError, FloatingPointError) as error:
+        if rank == 0 or not isinstance(error, FloatingPointError):
+            print(f"maskbank: rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     end_ranks()
 
 
