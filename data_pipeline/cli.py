@@ -157,7 +157,8 @@ def _build(
 
 
 def _summary(manifest: Manifest, seconds: float) -> None:
-    table = Table(title=Text(str(manifest.root)), show_header=False, title_justify="left")
+    console.print(Text(str(manifest.root)), soft_wrap=True)  # a title would break at the table
+    table = Table(show_header=False)
     table.add_row("samples", f"{manifest.samples:,}")
     for name in ("masks", "labels"):
         count = sum(getattr(shard, name) for shard in manifest.shards)

@@ -67,7 +67,7 @@ class Fetcher:
         self.bad_samples = 0
         self.invalid_views = 0
         self._reported: set[str] = set()
-        self._lock = threading.Lock()  # for the counts, and for the order, which has a cache
+        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
 
     def fetch(self, positions: NDArray[np.int64]) -> list[FetchedSample]:
@@ -101,9 +101,7 @@ class Fetcher:
     def _places(self, position: int, shard: int, sample: int) -> Iterator[tuple[int, int]]:
         yield shard, sample
         for attempt in range(MAX_SUBSTITUTES):
-            with self._lock:
-                place = self.order.substitute(position, attempt)
-            yield place
+            yield self.order.substitute(position, attempt)
 
     def _load(self, position: int, shard: int, sample: int) -> FetchedSample:
         name = self.reader.describe(shard, sample)

@@ -39,6 +39,7 @@ class SampleOrder:
 
     def __init__(self, counts: Sequence[int], seed: int, window: int) -> None:
         self.counts = np.asarray(counts, np.int64)
+        self._ends = np.cumsum(self.counts)
         self.samples = int(self.counts.sum())
         self.seed = seed
         self.window = window
@@ -57,11 +58,14 @@ class SampleOrder:
         return shards, samples
 
     def substitute(self, position: int, attempt: int) -> tuple[int, int]:
-        """What takes the place of a bad sample: the same on every number of ranks."""
+        """What takes the place of a bad sample: the same on every number of ranks.
+
+        Any sample with equal chance; touches no state, so threads may call it.
+        """
         epoch, offset = divmod(position, self.samples)
-        draw = generator(self.seed, _SUBSTITUTES, epoch, offset, attempt)
-        shards, samples = self.locate(np.array([draw.integers(self.samples)]))
-        return int(shards[0]), int(samples[0])
+        drawn = generator(self.seed, _SUBSTITUTES, epoch, offset, attempt).integers(self.samples)
+        shard = int(np.searchsorted(self._ends, drawn, side="right"))
+        return shard, int(drawn - self._ends[shard] + self.counts[shard])
 
     def _locate_in_epoch(self, epoch: int, offsets: Int64) -> tuple[Int64, Int64]:
         self._start_epoch(epoch)

@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.batch import Batch
+from data_pipeline.errors import InputError, SampleError
 from data_pipeline.fetch import FetchedSample
 from data_pipeline.sample import decode_rgb
 from data_pipeline.views import GREY_WEIGHTS, IMAGENET_MEAN, IMAGENET_STD, View, colour_matrix
@@ -45,7 +46,13 @@ class TorchLoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _load_one(self, sample: FetchedSample) -> tuple[Tensor, ...]:
-        image = torch.from_numpy(decode_rgb(sample.image.tobytes()).copy()).permute(2, 0, 1)
+        try:
+            pixels = decode_rgb(sample.image.tobytes())
+        except SampleError as error:
+            raise InputError(
+                f"{sample.name} passed its checksum, but {error}; build its shard again"
+            ) from None
+        image = torch.tensor(pixels).permute(2, 0, 1)
         images = [augment_image(image, view, self.image_size) for view in sample.views]
         masks = [
             crop_mask(torch.tensor(sample.view_mask(number)), view, self.image_size)

@@ -13,7 +13,7 @@ import pytest
 from data_pipeline import cli
 from data_pipeline.errors import InputError
 from data_pipeline.manifest import read_manifest
-from tests.data import encode, folder_pair, object_mask, released_tree, write
+from tests.sample_data import encode, folder_pair, object_mask, released_tree, write
 
 
 def maskbank(*arguments: object, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
@@ -50,14 +50,14 @@ def test_build_folder(tmp_path: Path) -> None:
     images, masks = folder_pair(tmp_path, ["a", "b", "sub/c", "d"], labels=True)
     (images / "d.jpg").write_bytes(b"broken")
     classes = write(tmp_path / "classes.txt", b"background\nthing\nother\n")
-    output = tmp_path / "shards[1]"  # brackets are no markup
+    output = tmp_path / "shards[red]"  # brackets are no markup
     done = maskbank(
         *("build", "folder", "--images", images, "--masks", masks, "-o", output),
         *("--labels", tmp_path / "labels", "--classes", classes),
         *("--samples-per-shard", 2, "--mask-mode", "ids", "--shuffle-seed", -1, "-p", 2),
     )
     assert (done.returncode, done.stdout) == (0, "")
-    assert str(output) in done.stderr
+    assert str(output) in done.stderr.splitlines()
     table = rows(done.stderr)
     assert (table["samples"], table["shards"], table["classes"]) == ("3", "2", "3")
     assert (table["with masks"], table["with labels"]) == ("3", "3")

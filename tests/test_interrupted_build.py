@@ -16,7 +16,7 @@ import pytest
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.write_shards import BuildConfig, build_shards
-from tests.data import build_scene_shards, checksums, write
+from tests.sample_data import build_scene_shards, checksums, write
 
 SCENES, SHARD = 24, 4
 LONG_SHARDS = """

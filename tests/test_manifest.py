@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.errors import InputError
 from data_pipeline.index import DatasetIndex
 from data_pipeline.manifest import Manifest, read_manifest
-from tests.data import build_scene_shards
+from tests.sample_data import build_scene_shards
 
 COUNT, SHARD = 24, 6
 

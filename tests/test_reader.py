@@ -20,7 +20,7 @@ from data_pipeline.sources.item import Listing
 from data_pipeline.views import ViewConfig
 from data_pipeline.whole_images import WholeImages
 from data_pipeline.write_shards import BuildConfig, build_shards
-from tests.data import BytesItem, build_scene_shards, encode, flip_byte, object_mask, picture
+from tests.sample_data import BytesItem, build_scene_shards, encode, flip_byte, object_mask, picture
 
 COUNT, SHARD = 24, 6
 VIEWS = ViewConfig(image_size=32, candidates=4)

@@ -23,7 +23,7 @@ from data_pipeline.sample import (
     encode_png,
     pack_sample,
 )
-from tests.data import HEIGHT, WIDTH, encode, object_mask, palette_png, picture
+from tests.sample_data import HEIGHT, WIDTH, encode, object_mask, palette_png, picture
 
 JPEG = encode(picture(), "JPEG", quality=90)
 # EXIF orientation -> what a viewer does to the stored pixels (EXIF 2.3, table 6)

@@ -14,7 +14,7 @@ from data_pipeline.sources.folder import list_folder
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.sources.item import FileItem, Listing, read_class_names, unique_keys
 from data_pipeline.sources.voc import VOC_CLASSES, list_voc
-from tests.data import (
+from tests.sample_data import (
     encode,
     folder_pair,
     object_mask,

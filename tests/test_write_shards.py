@@ -22,7 +22,7 @@ from data_pipeline.sources.folder import list_folder
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.sources.item import Listing
 from data_pipeline.write_shards import BuildConfig, build_shards, failure_counts
-from tests.data import (
+from tests.sample_data import (
     BytesItem,
     build_scene_shards,
     checksums,

@@ -1,8 +1,8 @@
 """Procedurally rendered scenes: a small data set that ships as code instead of pictures.
 
 A scene is one salient object (sometimes two) of a known class in front of a cluttered background.
-A class is a family of shapes with a pattern and usual hues of its own, which lie near those of other
-classes; distractors have any hue. So colour is a hint at class and foreground, and no proof.
+A class is a family of shapes with a pattern and usual hues of its own, near those of other classes;
+distractors have any hue. So colour is a hint at class and foreground, and no proof.
 
 An object is a signed distance field (negative inside) and a paint, both over a local frame where it
 spans about [-1, 1]^2, u to the right and v down. Distances are approximate away from the border.
