@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, and one line on the terminal."""
 
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.files import atomic_write
 from trainer.distributed import Ranks, all_reduce_sum
-from trainer.objective import Losses
+from trainer.objective import LossConfig, Losses
 
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is a file
 
@@ -56,13 +57,13 @@ class Meter:
         self.totals = collected if self.ranks.is_main else torch.zeros_like(collected)
         return collected.cpu()
 
-    def means(self, accumulate: int) -> dict[str, float]:
+    def means(self, accumulate: int, config: LossConfig) -> dict[str, float]:
         """Means since the last call, which starts a new interval; a collective."""
         contrastive, saliency, correct, scored, prototypes, batches, norm = self.collect().tolist()
         self.totals = torch.zeros_like(self.totals)
         batches = max(batches, 1)
         return {
-            "loss": (contrastive + saliency) / batches,
+            "loss": (contrastive + config.saliency_weight * saliency) / batches,
             "loss_contrastive": contrastive / batches,
             "loss_saliency": saliency / batches,
             "accuracy": correct / max(scored, 1),
@@ -138,6 +139,15 @@ class MetricsLog:
             self._last_line = time.monotonic()
             left = row["eta_seconds"]
             print(f"step {row['step']}/{self._total_steps} · {line} · ETA {left:.0f} s", flush=True)
+
+
+def refuse_non_finite(row: dict[str, Any]) -> None:
+    """Raises FloatingPointError where the loss of a row is no number."""
+    if not math.isfinite(row["loss"]):
+        raise FloatingPointError(
+            f"the loss is {row['loss']} at step {row['step']}; lower optim.lr, set "
+            "optim.clip_norm, or run.precision=float32, and start the command again"
+        )
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -32,7 +32,7 @@ from trainer.encoder import initial_network
 from trainer.engine import DdpEngine
 from trainer.environment import describe_environment
 from trainer.memory_bank import ShardedMemoryBank
-from trainer.metrics import Meter, MetricsLog, peak_memory_mb
+from trainer.metrics import Meter, MetricsLog, peak_memory_mb, refuse_non_finite
 from trainer.model import PixelEncoder, PixelOutput
 from trainer.momentum import make_momentum_encoder, update_momentum
 from trainer.objective import contrast_views
@@ -75,13 +75,9 @@ def train(config: TrainConfig, plan: Plan, ranks: Ranks) -> int:
 
             if step % config.run.log_every == 0 or step == plan.total_steps:
                 row = {"step": step, "epoch": step / plan.steps_per_epoch, "lr": lr}
-                row |= meter.means(micro_batches) | clock.read(step, plan.total_steps)
+                row |= meter.means(micro_batches, config.loss) | clock.read(step, plan.total_steps)
                 row |= state.describe_data(stream)
-                if row["loss"] != row["loss"] or row["loss"] == float("inf"):
-                    raise FloatingPointError(
-                        f"the loss is {row['loss']} at step {step}; lower optim.lr, set "
-                        "optim.clip_norm, or run.precision=float32, and start the command again"
-                    )
+                refuse_non_finite(row)  # the same row on every rank
                 if log is not None:
                     log.write(row)
             if log is not None:
