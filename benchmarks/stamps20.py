@@ -27,7 +27,7 @@ KMEANS = (
     *("--method", "full", "--starts", "10", "--pca", "0", "--precision", "bf16"),
 )
 LINEAR = (
-    *("--size", "160", "--no-augment", "--epochs", "15", "--decay-epoch", "10"),
+    *("--size", "160", "--no-augment", "--epochs", "6", "--decay-epoch", "4"),
     *("--precision", "bf16", "--select", "last"),
 )
 

@@ -56,3 +56,12 @@ def test_the_demo_stops_at_the_first_step_that_fails(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "the demo stopped: step 1" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_readme_begins_with_the_two_commands_that_make_knows() -> None:
+    root = Path(__file__).parent.parent
+    block = [line for line in (root / "README.md").read_text().splitlines() if line][1:3]
+    assert [line.split()[:2] for line in block] == [["make", "demo"], ["make", "test"]]
+    rules = (root / "Makefile").read_text()
+    assert "\ndemo: " in rules
+    assert "\ntest: " in rules
