@@ -15,7 +15,12 @@ import sys
 from pathlib import Path
 
 TRAINING = (
-    *("model.backbone=resnet18", "model.decoder_channels=256", "model.dropout=0.5"),
+    *(
+        "model.backbone=resnet18",
+        "model.embedding_dim=32",
+        "model.decoder_channels=256",
+        "model.dropout=0.5",
+    ),
     *("model.atrous_rates=[12,24,36]", "model.momentum=0.99", "bank.capacity=256"),
     *("views.image_size=96", "data.batch_size=32", "loss.temperature=0.5"),
     *("views.jitter_probability=0.8", "views.brightness=0.4", "views.contrast=0.4"),

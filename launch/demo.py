@@ -33,7 +33,7 @@ class DemoScale:
     train_scenes: int = 2000
     test_scenes: int = 400
     steps: int = 0
-    linear_epochs: int = 8
+    linear_epochs: int = 6
 
 
 @dataclass(frozen=True)
