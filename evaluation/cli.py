@@ -3,9 +3,6 @@
 import logging
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -23,7 +20,13 @@ from evaluation.linear_probe import LinearConfig, evaluate_linear, require_compa
 from evaluation.prototypes import PrototypeConfig
 from evaluation.report import write_report
 from evaluation.result import Result
-from trainer.distributed import Ranks, cores_per_rank, end_ranks, start_ranks
+from trainer.distributed import (
+    Ranks,
+    cores_per_rank,
+    end_ranks,
+    same_on_all_ranks,
+    start_ranks,
+)
 from trainer.encoder import load_encoder
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
@@ -74,7 +77,7 @@ def kmeans(
     prototype: dict[str, Any] = {"foreground": foreground, "pooling": pooling}
     cluster: dict[str, Any] = {"clusters": clusters, "method": method, "starts": starts, "pca": pca}
     matching: dict[str, Any] = {"criterion": criterion, "many_to_one": many_to_one}
-    with _same_on_all_ranks():
+    with same_on_all_ranks():
         config = KMeansConfig(
             size=size,
             prototype=PrototypeConfig(**prototype, threshold=threshold),
@@ -120,7 +123,7 @@ def linear(
 
     Example: `maskbank evaluate linear runs/demo --train-shards shards/train --shards shards/val`
     """
-    with _same_on_all_ranks():
+    with same_on_all_ranks():
         config = LinearConfig(
             size=size,
             epochs=epochs,
@@ -167,20 +170,6 @@ def _finish(result: Result, run: Path, ranks: Ranks) -> None:
         result.show(console)
         console.print(f"written: {path}", soft_wrap=True)
     end_ranks()
-
-
-@contextmanager
-def _same_on_all_ranks() -> Iterator[None]:
-    """What is wrong in here is wrong on every rank as a rule: rank 0 says so and ends the others.
-
-    They wait for that, since torchrun ends all ranks with the first that leaves.
-    """
-    try:
-        yield
-    except (InputError, OSError):
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(30)
-        raise
 
 
 def main(arguments: list[str] | None = None) -> None:

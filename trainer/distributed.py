@@ -1,6 +1,9 @@
 """Ranks and the collectives that the trainer uses; each is the identity on one rank."""
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -12,6 +15,7 @@ from torch import Tensor
 from data_pipeline.errors import InputError
 
 T = TypeVar("T")
+_SECONDS_FOR_RANK_0 = 30
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,20 @@ def all_reduce_sum(values: Tensor, ranks: Ranks) -> Tensor:
     if ranks.world_size > 1:
         dist.all_reduce(values)
     return values
+
+
+@contextmanager
+def same_on_all_ranks() -> Iterator[None]:
+    """What is wrong in here is wrong on every rank as a rule: rank 0 says so and ends the others.
+
+    They wait for that, since torchrun ends all ranks with the first that leaves.
+    """
+    try:
+        yield
+    except (InputError, OSError):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_SECONDS_FOR_RANK_0)
+        raise
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:

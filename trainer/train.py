@@ -26,6 +26,7 @@ from trainer.distributed import (
     barrier,
     cores_per_rank,
     end_ranks,
+    same_on_all_ranks,
     start_ranks,
 )
 from trainer.encoder import initial_network
@@ -258,12 +259,12 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     rank, world_size = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
     try:
-        config = load_config(options.recipe, options.config, options.settings)
-        plan = plan_run(config, world_size)
+        with same_on_all_ranks():
+            config = load_config(options.recipe, options.config, options.settings)
+            plan = plan_run(config, world_size)
         ranks = start_ranks(config.run.device, config.run.timeout_seconds)
-    except InputError as error:  # the same on every rank
-        if rank == 0:
-            print(f"maskbank: {error}", file=sys.stderr, flush=True)
+    except InputError as error:
+        print(f"maskbank: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     if ranks.device.type == "cpu":
         torch.set_num_threads(config.run.threads or cores_per_rank())
