@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import InputError
+from tests.untrusted import Malicious
 from trainer.checkpoint import (
     COMPLETE,
     complete_checkpoints,
@@ -50,11 +51,6 @@ def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, 20, {"model": {"w": lambda: 0}}, keep=1)
     assert steps(tmp_path) == [10]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
-
-
-class Malicious:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return print, ("unpickled",)
 
 
 def test_damaged_and_foreign_files_are_refused(

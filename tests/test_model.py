@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data_pipeline.errors import InputError
+from tests.untrusted import Malicious
 from trainer.backbones import BACKBONES, build_backbone
 from trainer.model import ModelConfig, PixelEncoder, upsample
 from trainer.momentum import make_momentum_encoder, update_momentum
@@ -137,11 +138,6 @@ def test_a_start_of_another_architecture_is_refused_by_key(tmp_path: Path) -> No
     save_file(wide.state_dict(), tmp_path / "wide.safetensors")
     with pytest.raises(InputError, match=r"another architecture: decoder\.0\S+ is \[32"):
         load_start(PixelEncoder(SMALL), str(tmp_path / "wide.safetensors"))
-
-
-class Malicious:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return print, ("unpickled",)
 
 
 def test_files_that_are_no_tensors_are_refused_and_never_unpickled(

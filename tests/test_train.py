@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,58 @@ def test_one_rank_goes_on_where_two_stopped(
     for name, value in two.items():
         if value.is_floating_point():
             torch.testing.assert_close(fewer[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="there is no prlimit here")
+def test_a_full_disk_ends_all_ranks_and_the_run_goes_on_once_there_is_space(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for the disk: writing a checkpoint fails half-way."""
+    run = tmp_path / "full"
+    arguments = command(shards, run, 2)
+    output = finish(["prlimit", "--fsize=100000", *arguments], status=1)
+    assert "model.pt cannot be written" in output
+    assert "free space" in output
+    assert complete_checkpoints(run) == []
+    assert list((run / "checkpoints").iterdir()) == []
+    finish(arguments)
+    assert_same_run(run, undisturbed)
+
+
+def test_bad_samples_of_every_rank_are_counted_and_the_run_goes_on(
+    shards: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "damaged"
+    shutil.copytree(shards, root)
+    tar = root / "shard-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1  # inside the first image
+    tar.write_bytes(data)
+    run = tmp_path / "run"
+    settings = ("run.steps=5", "run.log_every=5")  # 40 positions: two epochs of 20 samples
+    output = finish(command(root, run, 2, *settings))
+    assert read_metrics(run / "metrics.jsonl")[-1]["bad_samples"] >= 2
+    assert "bad sample replaced" in output
+    assert "checksum" in output
+
+
+def test_masks_without_objects_train_on_nothing_and_say_so(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from data_pipeline.sources.folder import list_folder
+
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for number in range(3):
+        Image.new("RGB", (41, 33), "red").save(tmp_path / f"images/{number}.png")
+        Image.new("L", (41, 33)).save(tmp_path / f"masks/{number}.png")
+    listing = list_folder(tmp_path / "images", tmp_path / "masks")
+    build_shards(listing, tmp_path / "shards", BuildConfig())
+    settings = ("run.steps=2", "run.log_every=1")
+    output = finish(command(tmp_path / "shards", tmp_path / "run", 2, *settings))
+    assert "no object in any pair of views" in output
+    row = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+    assert (row["loss"], row["prototypes"], row["bank_fill"]) == (0, 0, 0)
 
 
 def test_it_learns_and_the_encoder_loads(undisturbed: Path) -> None:

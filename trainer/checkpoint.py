@@ -52,10 +52,7 @@ def save_checkpoint(run: Path, step: int, parts: dict[str, Any], keep: int) -> C
     try:
         temporary.mkdir()
         for name, value in parts.items():
-            with (temporary / f"{name}.pt").open("wb") as file:
-                torch.save(value, file)
-                file.flush()
-                os.fsync(file.fileno())
+            _write(temporary / f"{name}.pt", value)
         sync_directory(temporary)
         if final.exists():  # an earlier one that was never marked complete
             shutil.rmtree(final)
@@ -72,6 +69,20 @@ def save_checkpoint(run: Path, step: int, parts: dict[str, Any], keep: int) -> C
         (old.path / COMPLETE).unlink()
         shutil.rmtree(old.path)
     return complete[-1]
+
+
+def _write(path: Path, value: Any) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch hides a full disk behind a RuntimeError
+        reason = str(error).splitlines()[0][:200]
+        raise OSError(
+            f"{path} cannot be written ({reason}); the checkpoint before it stays: free space "
+            "(or mend what is wrong there) and start the same command again"
+        ) from error
 
 
 def complete_checkpoints(run: Path) -> list[Checkpoint]:

@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, and one line on the terminal."""
 
 import json
+import logging
 import math
 import resource
 import time
@@ -16,6 +17,7 @@ from data_pipeline.files import atomic_write
 from trainer.distributed import Ranks, all_reduce_sum
 from trainer.objective import LossConfig, Losses
 
+log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is a file
 
 
@@ -30,7 +32,6 @@ class Meter:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        # Apple's GPUs have no float64; there is none among the devices supported here
         self.totals = torch.zeros(self._SIZE, dtype=torch.float64, device=ranks.device)
 
     def add(self, losses: Losses) -> None:
@@ -115,6 +116,12 @@ class MetricsLog:
             for name, value in row.items():
                 if name != "step":
                     self._board.add_scalar(name, value, row["step"])
+        if row["prototypes"] == 0:
+            log.warning(
+                "no object in any pair of views up to step %d: check the masks, views.min_coverage "
+                "and loss.min_proposal_share",
+                row["step"],
+            )
         self._show(row)
 
     def advance(self, step: int) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data_pipeline.batch import Batch
@@ -22,6 +23,7 @@ from trainer.checkpoint import save_checkpoint
 from trainer.config import TrainConfig, load_config, save_config
 from trainer.distributed import (
     Ranks,
+    all_reduce_sum,
     any_rank,
     barrier,
     cores_per_rank,
@@ -143,10 +145,14 @@ class TrainState:
         return MetricsLog(self.run, self.step, total, self.config.run.tensorboard)
 
     def describe_data(self, stream: BatchStream) -> dict[str, float]:
+        """Bank fill, and what all ranks' readers met since this start; a collective."""
+        fetcher = stream.fetcher
+        met = torch.tensor([fetcher.bad_samples, fetcher.invalid_views], device=self.ranks.device)
+        bad_samples, invalid_views = all_reduce_sum(met, self.ranks).tolist()
         return {
             "bank_fill": len(self.bank) / max(1, self.bank.capacity),
-            "bad_samples": stream.fetcher.bad_samples,
-            "invalid_views": stream.fetcher.invalid_views,
+            "bad_samples": bad_samples,
+            "invalid_views": invalid_views,
             "memory_mb": peak_memory_mb(self.ranks.device),
         }
 
@@ -156,7 +162,7 @@ class TrainState:
         A rank that cannot write takes the others along instead of leaving them waiting.
         """
         bank, meter = self.bank.state(), self.meter.collect()
-        error: OSError | None = None
+        error: OSError | SafetensorError | None = None
         if self.ranks.is_main:
             parts = {
                 "model": self.engine.network.state_dict(),
@@ -173,10 +179,10 @@ class TrainState:
             try:
                 save_checkpoint(self.run, step, parts, self.config.run.keep_checkpoints)
                 self._export()
-            except OSError as caught:
+            except (OSError, SafetensorError) as caught:
                 error = caught
         if any_rank(error is not None, self.ranks):
-            raise error or OSError(f"rank 0 could not write the checkpoint of step {step}")
+            raise OSError(error or f"rank 0 could not write the checkpoint of step {step}")
 
     def _export(self) -> None:
         folder = self.run / "export"
