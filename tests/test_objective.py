@@ -13,10 +13,10 @@ from data_pipeline.batch import Batch
 from tests.ranks import run_on_ranks
 from trainer.distributed import Ranks, all_reduce_sum
 from trainer.engine import DdpEngine
-from trainer.memory_bank import ShardedMemoryBank
+from trainer.memory_bank import BankConfig, ShardedMemoryBank
 from trainer.model import ModelConfig, PixelEncoder, upsample
 from trainer.momentum import make_momentum_encoder
-from trainer.objective import LossConfig, contrast_views
+from trainer.objective import LossConfig, choose_pixels, contrast_views
 from trainer.schedule import OptimConfig
 
 MODEL = ModelConfig(
@@ -49,6 +49,17 @@ def old_keys() -> Tensor:
     return F.normalize(torch.randn(13, 8, generator=draw).double(), dim=1)
 
 
+def old_ids() -> Tensor:
+    """Some entries are of images of the batch: 5 (twice), 7 and 11; the others of none."""
+    return torch.tensor([90, 5, 91, 5, 7, 92, 93, 11, 94, 95, 96, 97, 98])
+
+
+def wide_bank(config: BankConfig, ranks: Ranks) -> ShardedMemoryBank:
+    bank = ShardedMemoryBank(config, 8, ranks)
+    bank.keys = bank.keys.double()
+    return bank
+
+
 def encoders() -> tuple[PixelEncoder, PixelEncoder]:
     torch.manual_seed(0)
     encoder = PixelEncoder(MODEL).double().train()
@@ -65,51 +76,63 @@ def part_of(batch: Batch, rank: int, world_size: int) -> Batch:
     return Batch(*(field[rank * local : (rank + 1) * local] for field in fields))
 
 
-def one_step(ranks: Ranks, accumulate: int = 1) -> dict[str, NDArray[np.float64]]:
+def one_step(
+    ranks: Ranks, bank_config: BankConfig = BankConfig(13), loss: LossConfig = LossConfig()
+) -> dict[str, NDArray[np.float64]]:
     encoder, momentum_encoder = encoders()
-    engine = DdpEngine(encoder, OptimConfig(accumulate=accumulate), ranks, "float32")
-    bank = ShardedMemoryBank(13, 8, ranks, torch.float64)
-    per_rank = [len(old_keys()[rank :: ranks.world_size]) for rank in range(ranks.world_size)]
-    first = sum(per_rank[: ranks.rank])
-    mine = old_keys()[first : first + per_rank[ranks.rank]]
-    bank.enqueue(mine, torch.zeros(len(mine), dtype=torch.int64), per_rank)
+    engine = DdpEngine(encoder, OptimConfig(), ranks, "float32")
+    bank = wide_bank(bank_config, ranks)
+    bank.enqueue(old_keys(), old_ids())
     batch = part_of(global_batch(), ranks.rank, ranks.world_size)
-    bank.prefetch()
+    chosen = choose_pixels(batch, ranks, loss, seed=3, first_position=5 * BATCH)
+    bank.prefetch(chosen.pixels_of_ranks)
     query = engine.forward(batch.query_image)
     with torch.no_grad():
         key = momentum_encoder(batch.key_image)
-    losses = contrast_views(query, key, batch, bank, ranks, LossConfig())
+    losses = contrast_views(query, key, batch, chosen, bank, ranks, loss)
     engine.backward(losses.total)
-    parts = torch.stack([losses.contrastive, losses.saliency])
-    found = {"loss": all_reduce_sum(parts, ranks).numpy()}
-    found["bank"] = bank.state()["key"].numpy()
+    sums = torch.stack([losses.contrastive, losses.saliency, losses.same_image])
+    found = {"loss": all_reduce_sum(sums, ranks).numpy()}
+    found["pixels"] = np.array(sum(chosen.pixels_of_ranks))
+    if ranks.is_main or ranks.world_size == 1:
+        found["bank"] = bank.state()["key"].numpy()
+    else:
+        bank.state()
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, name
         found[name] = parameter.grad.numpy().copy()
     return found
 
 
-def dense_reference() -> dict[str, NDArray[np.float64]]:
+def dense_reference(
+    capacity: int = 13, mask_same_image: bool = False
+) -> dict[str, NDArray[np.float64]]:
     """The same step in plain float64: every logit at once, loops over masks, autograd."""
     encoder, momentum_encoder = encoders()
     batch, config = global_batch(), LossConfig()
+    kept_keys, kept_ids = (column[len(column) - min(capacity, 13) :] for column in
+                           (old_keys(), old_ids()))
     query = encoder(batch.query_image)
     with torch.no_grad():
         key = momentum_encoder(batch.key_image)
     embeddings = F.normalize(upsample(query.embedding, (SIDE, SIDE)), dim=1)
     keys = F.normalize(upsample(key.embedding, (SIDE, SIDE)), dim=1)
-    prototypes, pixels, targets = [], [], []
+    prototypes, pixels, targets, images = [], [], [], []
     for image in range(BATCH):
         for proposal in range(1, 255):
             inside = batch.query_mask[image] == proposal
             other = batch.key_mask[image] == proposal
             if inside.any() and other.any():
                 targets += [len(prototypes)] * int(inside.sum())
+                images += [image] * int(inside.sum())
                 prototypes.append(F.normalize(keys[image][:, other].sum(1), dim=0))
                 pixels.append(embeddings[image][:, inside].T)
-    logits = torch.cat(pixels) @ torch.cat([torch.stack(prototypes), old_keys()]).T
+    logits = torch.cat(pixels) @ torch.cat([torch.stack(prototypes), kept_keys]).T
     target = torch.tensor(targets)
-    share = torch.bincount(target) / len(target)
+    same_image = torch.tensor(images)[:, None] == kept_ids
+    if mask_same_image:
+        logits[:, len(prototypes) :].masked_fill_(same_image, -torch.inf)
+    share = torch.bincount(target).double() / len(target)
     weights = torch.ones(logits.shape[1]).double()
     weights[: len(share)] = 1 / torch.log(1.02 + share)
     contrastive = F.cross_entropy(logits / config.temperature, target, weights)
@@ -120,42 +143,80 @@ def dense_reference() -> dict[str, NDArray[np.float64]]:
     balance = torch.where(truth > 0, negative, 1 - negative)
     saliency = F.binary_cross_entropy_with_logits(logit, truth, balance)
     (contrastive + saliency).backward()  # type: ignore[no-untyped-call]
-    found = {"loss": torch.stack([contrastive, saliency]).detach().numpy()}
+    share = same_image.double().mean() if capacity else torch.zeros(()).double()
+    found = {"loss": torch.stack([contrastive, saliency, share]).detach().numpy()}
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, name
         found[name] = parameter.grad.numpy().copy()
     return found
 
 
+BANKS = [
+    BankConfig(13),
+    BankConfig(13, move="pixels"),
+    BankConfig(13, chunk_size=2, mask_same_image=True),
+    BankConfig(13, chunk_size=5, mask_same_image=True, move="pixels"),
+    BankConfig(7, chunk_size=4),
+    BankConfig(7, move="pixels", mask_same_image=True),
+    BankConfig(100, mask_same_image=True),
+    BankConfig(0),
+]
+
+
+def steps(ranks: Ranks) -> list[dict[str, NDArray[np.float64]]]:
+    return [one_step(ranks, config) for config in BANKS]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_loss_and_gradients_equal_the_dense_form_on_any_number_of_ranks(world_size: int) -> None:
-    reference = dense_reference()
-    for found in run_on_ranks(one_step, world_size):
-        for name, expected in reference.items():
-            error = np.abs(found[name] - expected).max() / max(np.abs(expected).max(), 1e-12)
-            assert error < 1e-6, (name, error)
+    references = [dense_reference(bank.capacity, bank.mask_same_image) for bank in BANKS]
+    for by_config in run_on_ranks(steps, world_size):
+        for bank, found, reference in zip(BANKS, by_config, references, strict=True):
+            for name, expected in reference.items():
+                error = np.abs(found[name] - expected).max() / max(np.abs(expected).max(), 1e-12)
+                assert error < 1e-6, (bank, name, error)
+
+
+def capped(ranks: Ranks) -> list[dict[str, NDArray[np.float64]]]:
+    return [one_step(ranks, BankConfig(13), LossConfig(pixels_per_mask=n)) for n in (3, 1000)]
+
+
+@pytest.mark.slow
+def test_a_cap_of_pixels_takes_the_same_ones_on_any_number_of_ranks() -> None:
+    (few, all_of_them), (uncapped,) = run_on_ranks(capped, 1)[0], run_on_ranks(one_step, 1)
+    assert all_of_them["pixels"] == uncapped["pixels"] > few["pixels"] == 3 * 17
+    for name, expected in uncapped.items():
+        np.testing.assert_allclose(all_of_them[name], expected, rtol=0, atol=1e-6, err_msg=name)
+    for world_size in (2, 3):
+        for by_cap in run_on_ranks(capped, world_size):
+            for name, value in by_cap[0].items():
+                scale = np.abs(few[name]).max()
+                assert np.abs(value - few[name]).max() < 1e-6 * scale, name
 
 
 @pytest.mark.slow
 def test_the_bank_holds_the_same_after_a_step_on_any_number_of_ranks() -> None:
     (one,) = run_on_ranks(one_step, 1)
-    for found in run_on_ranks(one_step, 3):
-        np.testing.assert_allclose(found["bank"], one["bank"], rtol=0, atol=1e-12)
+    main = run_on_ranks(one_step, 3)[0]
+    np.testing.assert_allclose(main["bank"], one["bank"], rtol=0, atol=1e-12)
     assert len(one["bank"]) == 13
 
 
 def without_object(ranks: Ranks) -> list[float]:
     encoder, momentum_encoder = encoders()
     engine = DdpEngine(encoder, OptimConfig(), ranks, "float32")
-    bank = ShardedMemoryBank(4, 8, ranks, torch.float64)
+    bank = wide_bank(BankConfig(4, move="pixels"), ranks)
+    bank.enqueue(old_keys(), old_ids())
     batch = part_of(global_batch(), ranks.rank, ranks.world_size)
     empty = torch.zeros_like(batch.query_mask)
     batch = dataclasses.replace(batch, query_mask=empty, key_mask=empty)
+    chosen = choose_pixels(batch, ranks, LossConfig())
+    bank.prefetch(chosen.pixels_of_ranks)
     query = engine.forward(batch.query_image)
     with torch.no_grad():
         key = momentum_encoder(batch.key_image)
-    losses = contrast_views(query, key, batch, bank, ranks, LossConfig())
+    losses = contrast_views(query, key, batch, chosen, bank, ranks, LossConfig())
     engine.backward(losses.total)
     gradient = sum(float(p.grad.abs().sum()) for p in encoder.parameters() if p.grad is not None)
     return [losses.total.item(), gradient, float(len(bank))]
@@ -163,4 +224,4 @@ def without_object(ranks: Ranks) -> list[float]:
 
 @pytest.mark.slow
 def test_a_batch_without_any_object_gives_zero_and_hangs_no_rank() -> None:
-    assert run_on_ranks(without_object, 2) == [[0.0, 0.0, 0.0]] * 2
+    assert run_on_ranks(without_object, 2) == [[0.0, 0.0, 4.0]] * 2

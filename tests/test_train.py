@@ -25,7 +25,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 STEPS = 24
 # what is the same in every run of one seed; speeds, times and memory are not
 EXACT = ("step", "epoch", "lr", "loss", "loss_contrastive", "loss_saliency", "accuracy")
-EXACT += ("prototypes", "gradient_norm", "bank_fill")
+EXACT += ("prototypes", "gradient_norm", "bank_fill", "bank_age", "bank_same_image")
+EXACT += ("positive_similarity", "hardest_similarity", "bank_mb_received", "bank_moved_pixels")
 
 
 @pytest.fixture(scope="module")

@@ -22,15 +22,19 @@ class Checkpoint:
     path: Path
     step: int
 
-    def load(self, name: str) -> Any:
+    def load(self, name: str, in_place: bool = False) -> Any:
         """One part, such as `model`, on the CPU; tensors and plain values only.
+
+        Args:
+            name: of the part.
+            in_place: leave tensors in the file, which then costs memory only where they are read.
 
         Raises:
             InputError: the file is missing or damaged.
         """
         file = self.path / f"{name}.pt"
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=in_place)
         except Exception as error:  # the safe unpickler raises anything on damaged bytes
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise InputError(

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.errors import InputError
 from data_pipeline.views import ViewConfig
+from trainer.memory_bank import BankConfig
 from trainer.model import ModelConfig
 from trainer.objective import LossConfig
 from trainer.schedule import OptimConfig
@@ -44,21 +45,6 @@ class DataConfig:
                 "data.batch_size, data.prefetch and data.window must be at least 1, "
                 "data.threads not negative"
             )
-
-
-@dataclass(frozen=True)
-class BankConfig:
-    """The memory bank.
-
-    Attributes:
-        capacity: prototypes over all ranks; 0 trains against the batch alone.
-    """
-
-    capacity: int = 128
-
-    def __post_init__(self) -> None:
-        if self.capacity < 0:
-            raise InputError(f"bank.capacity is {self.capacity}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -138,6 +124,8 @@ _FREE_ON_RESUME = {
     "data.loader",
     "data.threads",
     "data.prefetch",
+    "bank.move",
+    "bank.chunk_size",
 }
 
 

@@ -20,11 +20,12 @@ _SECONDS_FOR_RANK_0 = 30
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: its number, how many there are, and its device."""
+    """This process among all: its number, how many there are, its device, and their patience."""
 
     rank: int
     world_size: int
     device: torch.device
+    timeout_seconds: float = 600.0
 
     @property
     def is_main(self) -> bool:
@@ -57,13 +58,13 @@ def start_ranks(device: str, timeout_seconds: float) -> Ranks:
     if on_gpu:
         torch.cuda.set_device(chosen)
     if world_size == 1:
-        return Ranks(0, 1, chosen)
+        return Ranks(0, 1, chosen, timeout_seconds)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         timeout=timedelta(seconds=timeout_seconds),
         device_id=chosen if on_gpu else None,
     )
-    return Ranks(dist.get_rank(), world_size, chosen)
+    return Ranks(dist.get_rank(), world_size, chosen, timeout_seconds)
 
 
 def cores_per_rank() -> int:
@@ -104,10 +105,10 @@ def any_rank(flag: bool, ranks: Ranks) -> bool:
     return bool(all_reduce_sum(votes, ranks) > 0)
 
 
-def gather_counts(count: int, ranks: Ranks) -> list[int]:
-    """Every rank's count."""
-    mine = torch.tensor([count], device=ranks.device)
-    return [int(value) for value in all_gather_equal(mine, ranks).tolist()]
+def gather_counts(counts: Tensor, ranks: Ranks) -> list[list[int]]:
+    """Every rank's integers [n], by rank."""
+    rows: list[list[int]] = all_gather_equal(counts[None], ranks).tolist()
+    return rows
 
 
 def all_gather_equal(rows: Tensor, ranks: Ranks) -> Tensor:
@@ -136,6 +137,18 @@ def broadcast_object(value: T, ranks: Ranks) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=ranks.device)
     return box[0]
+
+
+def new_group(ranks: Ranks) -> dist.ProcessGroup | None:
+    """All ranks on connections of their own: what runs there waits for nothing else; a collective.
+
+    None where there is one rank.
+    """
+    if ranks.world_size == 1:
+        return None
+    group = dist.new_group(timeout=timedelta(seconds=ranks.timeout_seconds))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def barrier(ranks: Ranks) -> None:

@@ -1,14 +1,22 @@
-"""The memory bank: the last K prototypes of all ranks, each kept by the rank that made it.
+"""The memory bank: the last K prototypes of all ranks, a W-th of them on each rank.
 
-Prototypes are numbered in the order in which a single queue would take them: step by step, within
-a step by rank. Every rank knows how many each rank made (the batch's prototypes are gathered
-anyway), so it knows who holds which number: enqueuing needs no communication, eviction neither, and
-the union of the shards is the content of one first-in-first-out queue.
+Prototypes are numbered in the order in which a single queue would take them. Number s lives on rank
+s mod W, in slot (s div W) mod ⌈K/W⌉ of its ring. Every rank has the batch's prototypes of all ranks
+anyway, so enqueuing and evicting move nothing, the shards are equal in size for any K and W, and
+where an entry is follows from its number alone: the content is that of one first-in-first-out
+queue, and stays so when another number of ranks loads it.
+
+For the loss the bank is streamed: ranks all-gather their shards chunk by chunk, from before the
+encoder runs (`prefetch`), on a process group of the bank's own. Where the query pixels are fewer
+bytes than the bank, they travel instead, attend to each shard where it is, and what they found
+comes back.
 """
 
-import itertools
+import logging
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,148 +24,455 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from trainer.distributed import Ranks
+from trainer.attention import Attended, KeyChunk, KeyPart, attend_chunks, probed_rows
+from trainer.distributed import Ranks, new_group
+
+log = logging.getLogger(__name__)
+_IN_FLIGHT = 2
+_FEW_ENTRIES = 4096  # so many cost a GPU next to nothing in float32 too
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # older torch
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Run(NamedTuple):
-    """Numbers start … start + length − 1 are held by `rank`."""
+@dataclass(frozen=True)
+class BankConfig:
+    """The memory bank.
 
-    start: int
-    length: int
-    rank: int
+    Attributes:
+        capacity: prototypes over all ranks; 0 trains against the batch alone.
+        dtype: of the keys, float32, bfloat16, or auto: bfloat16 for more than 4,096 entries on a
+            GPU, whose flash kernels take 16 bits only, and float32 else.
+        mask_same_image: whether a pixel passes over entries of its own image.
+        move: bank (entries travel to the pixels), pixels (pixels travel to the entries), or auto,
+            which takes the fewer bytes.
+        chunk_size: entries of all ranks that travel and are attended to at a time.
+    """
+
+    capacity: int = 128
+    dtype: str = "auto"
+    mask_same_image: bool = False
+    move: str = "auto"
+    chunk_size: int = 1 << 16
+
+    def __post_init__(self) -> None:
+        if self.capacity < 0:
+            raise InputError(f"bank.capacity is {self.capacity}; it must not be negative")
+        if self.chunk_size < 1:
+            raise InputError(f"bank.chunk_size is {self.chunk_size}; it must be at least 1")
+        if self.dtype not in ("auto", *_DTYPES):
+            raise InputError(f"bank.dtype is {self.dtype!r}; it can be auto, float32 or bfloat16")
+        if self.move not in ("auto", "bank", "pixels"):
+            raise InputError(f"bank.move is {self.move!r}; it can be auto, bank or pixels")
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        """Of the keys on that device."""
+        if self.dtype != "auto":
+            return _DTYPES[self.dtype]
+        large = self.capacity > _FEW_ENTRIES
+        return torch.bfloat16 if large and device.type == "cuda" else torch.float32
 
 
 class ShardedMemoryBank:
     """First-in-first-out queue of K keys, sharded over the ranks; not a module buffer.
 
+    Every rank makes the same calls in the same order.
+
     Args:
-        capacity: K over all ranks; need not be divisible by anything; 0 is no bank.
+        config: of the bank; its capacity need not be divisible by anything.
         dim: D.
         ranks: who shares it.
-        dtype: of the keys.
+
+    Attributes:
+        keys, sample_ids: [S, D] and int64 [S], this rank's ring of S = ⌈K/W⌉ slots.
+        next_sequence: number of the next prototype; as many were ever enqueued.
+        updates: times that prototypes were enqueued.
+        bytes_received: by this rank, for the loss, since the bank was made.
     """
 
-    def __init__(
-        self, capacity: int, dim: int, ranks: Ranks, dtype: torch.dtype = torch.float32
-    ) -> None:
-        if capacity < 0:
-            raise InputError(f"bank.capacity is {capacity}; it must not be negative")
-        self.capacity = capacity
-        self.ranks = ranks
-        self.keys = torch.empty((0, dim), dtype=dtype, device=ranks.device)
-        self.sample_ids = torch.empty(0, dtype=torch.int64, device=ranks.device)
-        self.runs: deque[Run] = deque()
-        self.next_sequence = 0
-        self._pending: list[tuple[Any, list[Tensor]]] | None = None
+    def __init__(self, config: BankConfig, dim: int, ranks: Ranks) -> None:
+        self.config, self.ranks, self.capacity = config, ranks, config.capacity
+        self.slots = -(-config.capacity // ranks.world_size)
+        where, dtype = ranks.device, config.torch_dtype(ranks.device)
+        self.keys = torch.zeros((self.slots, dim), dtype=dtype, device=where)
+        self.sample_ids = torch.full((self.slots,), -1, device=where)
+        self.next_sequence, self.updates, self.bytes_received = 0, 0, 0
+        self._enqueued_at = torch.zeros(self.slots, dtype=torch.int32, device=where)  # update
+        self._exchange = _Exchange(ranks)
+        self._pending: _Gathering | None = None
+        self._pixels: Sequence[int] = ()
+        self._announced: set[str] = set()
 
     def __len__(self) -> int:
         """Valid entries over all ranks."""
-        return sum(run.length for run in self.runs)
+        return min(self.next_sequence, self.capacity)
 
-    def prefetch(self) -> None:
-        """Starts gathering the shards, to be called before the encoder runs; a collective."""
+    # --- what a step does, in this order ---
+
+    def prefetch(self, pixels: Sequence[int] = ()) -> bool:
+        """Starts the exchange, to be called before the encoder runs; a collective.
+
+        Args:
+            pixels: query pixels of every rank in this step; without, the bank travels.
+
+        Returns:
+            Whether the pixels travel in this step, which they do after the encoder.
+        """
         assert self._pending is None, "prefetch() was called twice without chunks()"
-        self._pending = [self._start_gather(self.keys), self._start_gather(self.sample_ids)]
+        self._pixels = pixels
+        travelling = self._what_travels(max(pixels, default=0)) if pixels else "bank"
+        columns = [self.keys, *([self.sample_ids] if self.config.mask_same_image else [])]
+        if travelling == "bank":
+            self._pending = _Gathering(self, columns)
+        return travelling == "pixels"
 
-    def chunks(self, size: int = 1 << 16) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys [k, D] and sample ids [k] of all ranks by number, the same on every rank.
+    def parts(self, queries: Tensor, sample_ids: Tensor | None, scale: float) -> Iterator[KeyPart]:
+        """The bank as the loss takes it: its chunks, or what the queries attended to elsewhere.
 
-        Waits for `prefetch`, which it calls itself where that was not done.
+        Args:
+            queries: this rank's [N, D], N as told to `prefetch`; detached.
+            sample_ids: int64 [N].
+            scale: of the logits.
+        """
+        if self._pending is not None or not self._pixels:
+            yield from self.chunks()
+        elif len(self) and max(self._pixels):
+            yield self._attend_elsewhere(queries, sample_ids, scale)
+        self._pixels = ()
+
+    def chunks(self) -> Iterator[KeyChunk]:
+        """Valid entries of all ranks, in an order that is the same on every rank; a collective.
+
+        Waits for `prefetch`, which it calls itself where that was not done. While a chunk is
+        consumed the next one is under way: two are in memory at a time.
         """
         if self._pending is None:
             self.prefetch()
         assert self._pending is not None
-        gathered = []
-        for work, parts in self._pending:
-            if work is not None:
-                work.wait()
-            gathered.append(parts)
-        self._pending = None
-        keys, sample_ids = (self._in_order(parts) for parts in gathered)
-        yield from zip(torch.split(keys, size), torch.split(sample_ids, size), strict=True)
+        pending, self._pending = self._pending, None
+        for columns in pending:
+            yield KeyChunk(columns[0], columns[1] if len(columns) > 1 else None)
 
     @torch.no_grad()
-    def enqueue(self, prototypes: Tensor, sample_ids: Tensor, counts: list[int]) -> None:
-        """Appends this rank's prototypes and drops what has become too old; no communication.
+    def enqueue(self, prototypes: Tensor, sample_ids: Tensor) -> None:
+        """Appends the prototypes of all ranks; the oldest entries fall out. Moves nothing.
 
         Args:
-            prototypes: [counts[rank], D].
-            sample_ids: int64 [counts[rank]].
-            counts: prototypes of every rank in this step.
+            prototypes: [P, D], of all ranks, in the order of the ranks; the same on every rank.
+            sample_ids: int64 [P].
         """
-        assert len(prototypes) == counts[self.ranks.rank]
-        self.keys = torch.cat([self.keys, prototypes.to(self.keys.dtype)])
-        self.sample_ids = torch.cat([self.sample_ids, sample_ids])
-        for rank, count in enumerate(counts):
-            if count:
-                self.runs.append(Run(self.next_sequence, count, rank))
-                self.next_sequence += count
-        self._evict()
+        assert self._pending is None, "enqueue() before chunks() were taken"
+        ranks, count = self.ranks, len(prototypes)
+        self.updates += 1
+        first = max(0, count - self.capacity)  # more than the bank holds: the last ones
+        first += (ranks.rank - self.next_sequence - first) % ranks.world_size
+        if self.slots and first < count:
+            mine = slice(first, count, ranks.world_size)
+            slot = (self.next_sequence + first) // ranks.world_size
+            rows = torch.arange(slot, slot + len(sample_ids[mine]), device=ranks.device)
+            rows %= self.slots
+            self.keys[rows] = prototypes[mine].to(self.keys.dtype)
+            self.sample_ids[rows] = sample_ids[mine]
+            self._enqueued_at[rows] = self.updates
+        self.next_sequence += count
+
+    # --- state ---
 
     def state(self) -> dict[str, Tensor]:
-        """Everything, by number, the same on every rank: sequence, sample_id, key; a collective."""
-        parts = list(self.chunks()) or [(self.keys[:0], self.sample_ids[:0])]
+        """Everything in order of number, on rank 0; on other ranks without entries; a collective.
+
+        Returns:
+            sequence, sample_id, update [K]; key [K, D]; next_sequence and updates.
+        """
+        columns = [self.keys, self.sample_ids, self._enqueued_at, self._sequences()]
+        kept = [[column[:0].cpu()] for column in columns]
+        for chunk in _Gathering(self, columns, counted=False):
+            if self.ranks.is_main:
+                for column, values in zip(kept, chunk, strict=True):
+                    column.append(values.cpu().clone())
+        key, sample_id, update, sequence = (torch.cat(column) for column in kept)
+        order = sequence.argsort()
         return {
-            "sequence": torch.arange(self.next_sequence - len(self), self.next_sequence),
-            "sample_id": torch.cat([ids for _, ids in parts]).cpu(),
-            "key": torch.cat([keys for keys, _ in parts]).cpu(),
+            "sequence": sequence[order],
+            "sample_id": sample_id[order],
+            "update": update[order],
+            "key": key[order],
             "next_sequence": torch.tensor(self.next_sequence),
+            "updates": torch.tensor(self.updates),
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes this rank's part of a state that any number of ranks saved."""
+        """Takes this rank's entries of what any number of ranks saved.
+
+        Raises:
+            InputError: the state is of keys of another width.
+        """
         if state["key"].shape[1] != self.keys.shape[1]:
             raise InputError(
                 f"the checkpoint's bank has keys of {state['key'].shape[1]} numbers, the "
                 f"configuration's model.embedding_dim is {self.keys.shape[1]}"
             )
-        count = len(state["key"])
-        self.next_sequence = int(state["next_sequence"])
-        first = self.next_sequence - count
-        edges = [count * rank // self.ranks.world_size for rank in range(self.ranks.world_size + 1)]
-        spans = list(itertools.pairwise(edges))
-        self.runs = deque(
-            Run(first + start, end - start, rank)
-            for rank, (start, end) in enumerate(spans)
-            if end > start
-        )
-        mine = slice(*spans[self.ranks.rank])
-        self.keys = state["key"][mine].to(self.keys)
-        self.sample_ids = state["sample_id"][mine].to(self.sample_ids)
-        self._evict()
+        self.next_sequence, self.updates = int(state["next_sequence"]), int(state["updates"])
+        sequence = state["sequence"]
+        if len(sequence) < min(self.next_sequence, self.capacity):
+            # a larger bank than the saved one: as if nothing had been before the oldest entry
+            sequence = sequence - (self.next_sequence - len(sequence))
+            self.next_sequence = len(sequence)
+        mine = sequence % self.ranks.world_size == self.ranks.rank
+        mine &= sequence >= self.next_sequence - self.capacity
+        rows = (sequence[mine] // self.ranks.world_size % max(1, self.slots)).to(self.keys.device)
+        self.keys[rows] = state["key"][mine].to(self.keys)
+        self.sample_ids[rows] = state["sample_id"][mine].to(self.sample_ids)
+        self._enqueued_at[rows] = state["update"][mine].to(self._enqueued_at)
 
-    def _evict(self) -> None:
-        oldest = self.next_sequence - self.capacity
-        dropped = 0
-        while self.runs and self.runs[0].start < oldest:
-            run = self.runs.popleft()
-            gone = min(run.length, oldest - run.start)
-            if run.rank == self.ranks.rank:
-                dropped += gone
-            if gone < run.length:
-                self.runs.appendleft(Run(run.start + gone, run.length - gone, run.rank))
-        self.keys, self.sample_ids = self.keys[dropped:], self.sample_ids[dropped:]
+    # --- diagnostics: this rank's part, to be summed over the ranks ---
 
-    def _held(self) -> list[int]:
-        """Entries of every rank's shard."""
-        held = [0] * self.ranks.world_size
-        for run in self.runs:
-            held[run.rank] += run.length
-        return held
+    def age_sum(self) -> Tensor:
+        """Age of this rank's entries in updates, summed; an entry of the last update is 1 old."""
+        rows = self._valid_rows()
+        ages = self.updates + 1 - self._enqueued_at[rows]
+        return ages.sum(dtype=torch.float64)
 
-    def _start_gather(self, shard: Tensor) -> tuple[Any, list[Tensor]]:
-        if self.ranks.world_size == 1 or not self.runs:
-            return None, [shard]
-        padded = shard.new_zeros((max(self._held()), *shard.shape[1:]))
-        padded[: len(shard)] = shard
-        parts = [torch.empty_like(padded) for _ in range(self.ranks.world_size)]
-        return dist.all_gather(parts, padded, async_op=True), parts
+    def same_sample_share(self, sample_ids: Tensor, weights: Tensor) -> Tensor:
+        """Mean share of the bank's entries that are of the same sample.
 
-    def _in_order(self, parts: list[Tensor]) -> Tensor:
-        """Gathered shards [max held, …] per rank as one tensor by number."""
-        taken = [0] * self.ranks.world_size
-        pieces = []
-        for run in self.runs:
-            pieces.append(parts[run.rank][taken[run.rank] : taken[run.rank] + run.length])
-            taken[run.rank] += run.length
-        return torch.cat(pieces) if pieces else parts[0][:0]
+        Args:
+            sample_ids: int64 [n], the same on every rank.
+            weights: [n], that sum to one.
+        """
+        if not len(self) or not len(sample_ids):
+            return weights.new_zeros(())
+        unique, group = sample_ids.unique(return_inverse=True)
+        held = self.sample_ids[self._valid_rows()]
+        place = torch.searchsorted(unique, held).clamp_max(len(unique) - 1)
+        matches = torch.bincount(place[unique[place] == held], minlength=len(unique))
+        return (matches.to(weights.dtype)[group] * weights).sum() / len(self)
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """What the loss attends in: that of the keys on a GPU, else that of the queries."""
+        return self.keys.dtype if self.ranks.device.type == "cuda" else None
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time that this rank waited for the exchange, which nothing hid, since it was made."""
+        return self._exchange.wait_seconds()
+
+    # --- where entries are ---
+
+    def _used_slots(self) -> int:
+        """Slots that some rank has filled."""
+        return min(self.slots, -(-self.next_sequence // self.ranks.world_size))
+
+    def _stale(self) -> list[tuple[int, int]]:
+        """(slot, rank) within the used slots that hold no valid entry: fewer than W of them."""
+        ring = self.slots * self.ranks.world_size
+        count = self._used_slots() * self.ranks.world_size - len(self)
+        places = [(self.next_sequence + i) % ring for i in range(count)]
+        return [divmod(place, self.ranks.world_size) for place in places]
+
+    def _valid_rows(self) -> slice | Tensor:
+        """This rank's slots with valid entries."""
+        used = self._used_slots()
+        stale = [slot for slot, rank in self._stale() if rank == self.ranks.rank]
+        if not stale:
+            return slice(0, used)
+        rows = [row for row in range(used) if row not in stale]
+        return torch.tensor(rows, dtype=torch.int64, device=self.keys.device)
+
+    def _sequences(self) -> Tensor:
+        """Number of the entry in each of this rank's slots, int64 [S]."""
+        world = self.ranks.world_size
+        newest = (self.next_sequence - 1 - self.ranks.rank) // world  # turn of its newest entry
+        slots = torch.arange(self.slots, device=self.keys.device)
+        turn = newest - (newest - slots) % max(1, self.slots)
+        return turn * world + self.ranks.rank
+
+    # --- pixels that travel ---
+
+    def _what_travels(self, most_pixels: int) -> str:
+        world, width = self.ranks.world_size, self.keys.shape[1]
+        sizes = {
+            "bank": self._used_slots() * (world - 1) * self._row_bytes(),
+            "pixels": (world - 1) * most_pixels * _pixel_bytes(width, self.config.mask_same_image),
+        }
+        chosen = self.config.move
+        if chosen == "auto":
+            chosen = "pixels" if sizes["pixels"] < sizes["bank"] else "bank"
+        if world == 1:
+            chosen = "bank"
+        elif chosen not in self._announced and len(self):
+            self._announced.add(chosen)
+            if self.ranks.is_main:
+                log.info(
+                    "bank.move=%s: %s travels between the ranks in this step: %d pixels a rank, "
+                    "%d entries, %d ranks; to move the pixels a rank receives %.1f MB, the bank "
+                    "%.1f MB (said once for each)",
+                    *(self.config.move, chosen, most_pixels, len(self), world),
+                    *(sizes["pixels"] / 1e6, sizes["bank"] / 1e6),
+                )
+        return chosen
+
+    def _row_bytes(self) -> int:
+        """Of an entry on the wire."""
+        ids = self.sample_ids.itemsize if self.config.mask_same_image else 0
+        return self.keys.shape[1] * self.keys.itemsize + ids
+
+    @torch.no_grad()
+    def _attend_elsewhere(
+        self, queries: Tensor, sample_ids: Tensor | None, scale: float
+    ) -> Attended:
+        """Every rank's queries visit every shard; memory is that of all ranks' query pixels."""
+        ranks, width, most = self.ranks, queries.shape[1], max(self._pixels)
+        visitors = self._exchange.gather(_padded(queries, most))
+        ids = None
+        if self.config.mask_same_image:
+            assert sample_ids is not None
+            ids = self._exchange.gather(_padded(sample_ids, most))
+        shard = KeyChunk(self.keys[self._valid_rows()], self.sample_ids[self._valid_rows()])
+        found = queries.new_zeros((ranks.world_size, most, width + 2))
+        for rank, count in enumerate(self._pixels):
+            its_ids = None if ids is None else ids[rank, :count]
+            its = attend_chunks(visitors[rank, :count], [shard], scale, its_ids)
+            found[rank, :count, :width], found[rank, :count, width] = its.mixture, its.lse
+            found[rank, :count, width + 1][probed_rows(count)] = its.hardest
+        returned = self._exchange.swap(found)[:, : len(queries)]
+        self.bytes_received += (ranks.world_size - 1) * most * _pixel_bytes(width, ids is not None)
+        merged: Attended | None = None
+        for part in returned:  # in the order of the ranks, on every rank
+            hardest = part[:, width + 1][probed_rows(len(queries))].contiguous()
+            its = Attended(part[:, :width].contiguous(), part[:, width].contiguous(), hardest)
+            if merged is None:
+                merged = its
+            else:
+                merged.merge(its)
+        assert merged is not None
+        return merged
+
+
+class _Gathering:
+    """The shards' used slots, gathered chunk by chunk; two chunks are under way at the most.
+
+    Iterating gives for every chunk its columns, [k, …] each, without stale entries.
+    """
+
+    def __init__(
+        self, bank: ShardedMemoryBank, columns: list[Tensor], counted: bool = True
+    ) -> None:
+        self._bank, self._columns, self._counted = bank, columns, counted
+        world, used = bank.ranks.world_size, bank._used_slots()
+        size = max(1, bank.config.chunk_size // world)
+        self._spans = deque((i, min(i + size, used)) for i in range(0, used, size))
+        self._stale = bank._stale()
+        self._under_way: deque[tuple[tuple[int, int], list[_Transfer]]] = deque()
+        for _ in range(_IN_FLIGHT):
+            self._start_next()
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        while self._under_way:
+            span, transfers = self._under_way.popleft()
+            columns = [self._bank._exchange.wait(transfer, self._counted) for transfer in transfers]
+            yield self._without_stale(span, columns)
+            self._start_next()  # the consumer is done with the chunk before
+
+    def _start_next(self) -> None:
+        if not self._spans:
+            return
+        first, last = span = self._spans.popleft()
+        exchange = self._bank._exchange
+        transfers = [exchange.start_gather(column[first:last]) for column in self._columns]
+        self._under_way.append((span, transfers))
+        if self._counted:
+            others = self._bank.ranks.world_size - 1
+            size = sum(column[first:last].nbytes for column in self._columns)
+            self._bank.bytes_received += others * size
+
+    def _without_stale(self, span: tuple[int, int], columns: list[Tensor]) -> list[Tensor]:
+        """Columns [W, slots, …] as [W · slots, …], less what is stale."""
+        first, last = span
+        gone = [rank * (last - first) + slot - first for slot, rank in self._stale
+                if first <= slot < last]
+        flat = [column.flatten(0, 1) for column in columns]
+        if not gone:
+            return flat
+        keep = torch.ones(len(flat[0]), dtype=torch.bool)
+        keep[gone] = False
+        rows = keep.nonzero()[:, 0].to(flat[0].device)
+        return [column[rows] for column in flat]
+
+
+class _Transfer(NamedTuple):
+    """A collective under way, and where its result, [W, …], comes to be."""
+
+    work: Any
+    result: Tensor
+
+
+class _Exchange:
+    """The bank's collectives, on a process group of its own so that none waits for another's."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._group = ranks, new_group(ranks)
+        self._waited = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start_gather(self, rows: Tensor) -> _Transfer:
+        """Rows [n, …], as many on each rank, to [W, n, …] on every rank."""
+        if self._ranks.world_size == 1:
+            return _Transfer(None, rows[None])
+        result = rows.new_empty((self._ranks.world_size, *rows.shape))
+        flat = result.flatten(0, 1)
+        work = _all_gather(flat, rows, group=self._group, async_op=True)
+        return _Transfer(work, result)
+
+    def wait(self, transfer: _Transfer, counted: bool = True) -> Tensor:
+        if transfer.work is None:
+            return transfer.result
+        before = self._now()
+        transfer.work.wait()
+        if counted:
+            self._passed(before, self._now())
+        return transfer.result
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return self.wait(self.start_gather(rows))
+
+    def swap(self, rows: Tensor) -> Tensor:
+        """[W, …], the r-th for rank r, to [W, …], the r-th from rank r."""
+        if self._ranks.world_size == 1:
+            return rows
+        result = torch.empty_like(rows)
+        work = dist.all_to_all_single(result, rows, group=self._group, async_op=True)
+        return self.wait(_Transfer(work, result))
+
+    def wait_seconds(self) -> float:
+        for before, after in self._events:
+            after.synchronize()
+            self._waited += before.elapsed_time(after) / 1000
+        self._events.clear()
+        return self._waited
+
+    def _now(self) -> Any:
+        """A GPU waits on its own stream, so that it has to take the time there."""
+        if self._ranks.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _passed(self, before: Any, after: Any) -> None:
+        if isinstance(before, float):
+            self._waited += after - before
+        else:
+            self._events.append((before, after))
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """Rows [n, …] with zeros up to [count, …]."""
+    padded = rows.new_zeros((count, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    return padded
+
+
+def _pixel_bytes(width: int, with_id: bool) -> int:
+    """Of a query pixel on its way to one shard and back: float32 there, mixture, lse, hardest."""
+    return 4 * width + 4 * (width + 2) + (8 if with_id else 0)

@@ -21,33 +21,46 @@ log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is a file
 
 
+# What `Meter` adds up: of this rank, summed over the ranks by `collect` …
+_OF_A_RANK = (
+    *("contrastive", "saliency", "correct", "scored", "positive", "hardest", "same_image"),
+    *("wait_seconds", "bytes"),
+)
+_OF_ALL_RANKS = ("prototypes", "batches", "moved_pixels", "norm")  # … and of all, by rank 0 alone
+
+
 class Meter:
     """Sums of what the steps since the last log gave, on the device, without a host sync.
 
-    `totals` is [7], float64: contrastive, saliency, correct, scored, prototypes, micro-batches,
-    gradient norm; the first four of this rank, summed over ranks by `collect`.
+    `totals` is float64, in the order of the names above.
     """
-
-    _SIZE = 7
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.totals = torch.zeros(self._SIZE, dtype=torch.float64, device=ranks.device)
+        size = len(_OF_A_RANK) + len(_OF_ALL_RANKS)
+        self.totals = torch.zeros(size, dtype=torch.float64, device=ranks.device)
 
-    def add(self, losses: Losses) -> None:
-        """One micro-batch."""
-        if self.ranks.is_main:
-            self.totals[4] += losses.prototypes
-            self.totals[5] += 1
-        self.totals[0] += losses.contrastive
-        self.totals[1] += losses.saliency
-        self.totals[2] += losses.correct
-        self.totals[3] += losses.scored
+    def add(self, losses: Losses, moved_pixels: bool) -> None:
+        """One micro-batch, and whether its pixels moved instead of the bank."""
+        self._add("contrastive", losses.contrastive)
+        self._add("saliency", losses.saliency)
+        self._add("correct", losses.correct)
+        self._add("scored", losses.scored)
+        self._add("positive", losses.positive)
+        self._add("hardest", losses.hardest)
+        self._add("same_image", losses.same_image)
+        self._add("prototypes", losses.prototypes)
+        self._add("batches", 1)
+        self._add("moved_pixels", moved_pixels)
+
+    def add_exchange(self, wait_seconds: float, bytes_received: int) -> None:
+        """What this rank waited for the bank's exchange, and received, since the last call."""
+        self._add("wait_seconds", wait_seconds)
+        self._add("bytes", bytes_received)
 
     def add_norm(self, norm: Tensor) -> None:
         """The gradient's norm, which is the same on every rank."""
-        if self.ranks.is_main:
-            self.totals[6] += norm
+        self._add("norm", norm)
 
     def collect(self) -> Tensor:
         """Moves all ranks' sums to rank 0 and returns them; a collective.
@@ -60,17 +73,32 @@ class Meter:
 
     def means(self, accumulate: int, config: LossConfig) -> dict[str, float]:
         """Means since the last call, which starts a new interval; a collective."""
-        contrastive, saliency, correct, scored, prototypes, batches, norm = self.collect().tolist()
+        values = self.collect().tolist()
+        total = dict(zip((*_OF_A_RANK, *_OF_ALL_RANKS), values, strict=True))
         self.totals = torch.zeros_like(self.totals)
-        batches = max(batches, 1)
+        batches, scored = max(total["batches"], 1), max(total["scored"], 1)
+        loss = total["contrastive"] + config.saliency_weight * total["saliency"]
+        per_rank_step = accumulate / batches / self.ranks.world_size
         return {
-            "loss": (contrastive + config.saliency_weight * saliency) / batches,
-            "loss_contrastive": contrastive / batches,
-            "loss_saliency": saliency / batches,
-            "accuracy": correct / max(scored, 1),
-            "prototypes": prototypes / batches,
-            "gradient_norm": norm * accumulate / batches,
+            "loss": loss / batches,
+            "loss_contrastive": total["contrastive"] / batches,
+            "loss_saliency": total["saliency"] / batches,
+            "accuracy": total["correct"] / scored,
+            "positive_similarity": total["positive"] / scored,
+            "hardest_similarity": total["hardest"] / scored,
+            "prototypes": total["prototypes"] / batches,
+            "bank_same_image": total["same_image"] / batches,
+            "bank_moved_pixels": total["moved_pixels"] / batches,
+            "bank_mb_received": total["bytes"] * per_rank_step / 1e6,
+            "bank_wait_ms": total["wait_seconds"] * per_rank_step * 1000,
+            "gradient_norm": total["norm"] * accumulate / batches,
         }
+
+    def _add(self, name: str, value: Tensor | float) -> None:
+        if name in _OF_A_RANK:
+            self.totals[_OF_A_RANK.index(name)] += value
+        elif self.ranks.is_main:
+            self.totals[len(_OF_A_RANK) + _OF_ALL_RANKS.index(name)] += value
 
 
 class MetricsLog:

@@ -38,7 +38,7 @@ from trainer.memory_bank import ShardedMemoryBank
 from trainer.metrics import Meter, MetricsLog, peak_memory_mb, refuse_non_finite
 from trainer.model import PixelEncoder, PixelOutput
 from trainer.momentum import make_momentum_encoder, update_momentum
-from trainer.objective import contrast_views
+from trainer.objective import ChosenPixels, choose_pixels, contrast_views
 from trainer.preemption import StopRequest
 from trainer.preflight import Plan, add_arguments, plan_run
 from trainer.schedule import learning_rate
@@ -66,18 +66,22 @@ def train(config: TrainConfig, plan: Plan, ranks: Ranks) -> int:
             for micro in range(micro_batches):
                 batch: Batch = next(stream)
                 torch.manual_seed(_dropout_seed(config.run.seed, step, micro, ranks))
-                state.bank.prefetch()
+                chosen = state.choose_pixels(batch, step * micro_batches + micro)
+                moved_pixels = state.bank.prefetch(chosen.pixels_of_ranks)
                 with state.engine.accumulating(more_follow=micro + 1 < micro_batches):
                     query = state.engine.forward(batch.query_image)
                     key = embed_keys(state, batch, seed=step * micro_batches + micro)
-                    losses = contrast_views(query, key, batch, state.bank, ranks, config.loss)
+                    losses = contrast_views(
+                        query, key, batch, chosen, state.bank, ranks, config.loss
+                    )
                     state.engine.backward(losses.total)
-                meter.add(losses)
+                meter.add(losses, moved_pixels)
             meter.add_norm(state.engine.step(lr))
             step += 1
 
             if step % config.run.log_every == 0 or step == plan.total_steps:
                 row = {"step": step, "epoch": step / plan.steps_per_epoch, "lr": lr}
+                meter.add_exchange(*state.exchange_since_last())
                 row |= meter.means(micro_batches, config.loss) | clock.read(step, plan.total_steps)
                 row |= state.describe_data(stream)
                 refuse_non_finite(row)  # the same row on every rank
@@ -111,8 +115,9 @@ class TrainState:
         network.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.momentum_encoder = make_momentum_encoder(network).train()
         self.engine = DdpEngine(network.train(), config.optim, ranks, config.run.precision)
-        self.bank = ShardedMemoryBank(config.bank.capacity, config.model.embedding_dim, ranks)
+        self.bank = ShardedMemoryBank(config.bank, config.model.embedding_dim, ranks)
         self.meter = Meter(ranks)
+        self._exchange = (0.0, 0)
         self.step, self.seconds = 0, 0.0
         if plan.checkpoint is not None:
             self._load()
@@ -144,15 +149,32 @@ class TrainState:
         total = self.plan.total_steps
         return MetricsLog(self.run, self.step, total, self.config.run.tensorboard)
 
+    def choose_pixels(self, batch: Batch, micro_step: int) -> ChosenPixels:
+        """What of this rank's part of global micro-batch `micro_step` is contrasted."""
+        size = self.config.data.batch_size // self.config.optim.accumulate
+        seed = self.config.run.seed
+        return choose_pixels(batch, self.ranks, self.config.loss, seed, micro_step * size)
+
+    def exchange_since_last(self) -> tuple[float, int]:
+        """Seconds that this rank waited for the bank's exchange, and bytes, since the last call."""
+        now = (self.bank.wait_seconds, self.bank.bytes_received)
+        before, self._exchange = self._exchange, now
+        return now[0] - before[0], now[1] - before[1]
+
     def describe_data(self, stream: BatchStream) -> dict[str, float]:
-        """Bank fill, and what all ranks' readers met since this start; a collective."""
-        fetcher = stream.fetcher
-        met = torch.tensor([fetcher.bad_samples, fetcher.invalid_views], device=self.ranks.device)
-        bad_samples, invalid_views = all_reduce_sum(met, self.ranks).tolist()
+        """The bank's fill and age, and what all ranks' readers met since this start; a collective.
+
+        Age is in steps, of the mean entry.
+        """
+        fetcher, bank = stream.fetcher, self.bank
+        met = bank.age_sum().new_tensor([fetcher.bad_samples, fetcher.invalid_views, 0.0])
+        met[2] = bank.age_sum()
+        bad_samples, invalid_views, age = all_reduce_sum(met, self.ranks).tolist()
         return {
-            "bank_fill": len(self.bank) / max(1, self.bank.capacity),
-            "bad_samples": bad_samples,
-            "invalid_views": invalid_views,
+            "bank_fill": len(bank) / max(1, bank.capacity),
+            "bank_age": age / max(1, len(bank)) / self.config.optim.accumulate,
+            "bad_samples": int(bad_samples),
+            "invalid_views": int(invalid_views),
             "memory_mb": peak_memory_mb(self.ranks.device),
         }
 
@@ -161,6 +183,7 @@ class TrainState:
 
         A rank that cannot write takes the others along instead of leaving them waiting.
         """
+        self.meter.add_exchange(*self.exchange_since_last())
         bank, meter = self.bank.state(), self.meter.collect()
         error: OSError | SafetensorError | None = None
         if self.ranks.is_main:
@@ -198,7 +221,7 @@ class TrainState:
         self.engine.network.load_state_dict(load("model"))
         self.momentum_encoder.load_state_dict(load("momentum"))
         self.engine.optimizer.load_state_dict(load("optimizer"))
-        self.bank.load_state(load("bank"))
+        self.bank.load_state(load("bank", in_place=True))
         progress = load("progress")
         self.step, self.seconds = int(progress["step"]), float(progress["seconds"])
         if self.ranks.is_main:
@@ -263,6 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("trainer").setLevel(logging.INFO)
     rank, world_size = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
     try:
         with same_on_all_ranks():
