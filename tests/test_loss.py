@@ -1,5 +1,8 @@
 """The losses against published values, and against dense float64 forms written out here."""
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +12,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.batch import Batch
+from trainer.attention import KeyChunk, probed_rows
 from trainer.distributed import Ranks
-from trainer.loss import class_weights, pixel_contrastive_loss, saliency_counts, saliency_loss
+from trainer.loss import (
+    class_weights,
+    contrast_pixels,
+    pixel_contrastive_loss,
+    saliency_counts,
+    saliency_loss,
+)
 from trainer.memory_bank import BankConfig, ShardedMemoryBank
 from trainer.model import PixelOutput
 from trainer.objective import LossConfig, choose_pixels, contrast_views
 
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
-PUBLISHED = Path(__file__).parent / "data/maskcontrast_step.npz"
+ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT / "tests/data/maskcontrast_step.npz"
 
 
 def test_losses_and_gradients_equal_the_published_implementation() -> None:
@@ -52,36 +63,200 @@ def test_losses_and_gradients_equal_the_published_implementation() -> None:
     }
 
 
-def dense_loss(
-    queries: Tensor, targets: Tensor, keys: Tensor, temperature: float, weights: Tensor
-) -> Tensor:
-    """−Σ w log softmax at the target, all logits at once."""
-    logits = queries.double() @ keys.double().T / temperature
-    return (weights.double() * F.cross_entropy(logits, targets, reduction="none")).sum()
+DIM = 32
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 64, 1000])
-@pytest.mark.parametrize("temperature", [0.05, 0.07, 0.5])
-def test_one_pass_equals_dense_for_any_chunks(chunk: int, temperature: float) -> None:
+def unit(draw: torch.Generator, count: int) -> Tensor:
+    return F.normalize(torch.randn(count, DIM, generator=draw), dim=1)
+
+
+def drawn(kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries [600, D], targets, prototypes [9, D] and bank [1500, D] of some stage."""
     draw = torch.Generator().manual_seed(0)
-    unit = lambda n: F.normalize(torch.randn(n, 16, generator=draw), dim=1)  # noqa: E731
-    queries, prototypes, bank = unit(200), unit(7), unit(150)
-    queries[:50] = prototypes[3] + 0.01 * queries[:50]  # positives near probability one
+    queries, prototypes, bank = unit(draw, 600), unit(draw, 9), unit(draw, 1500)
+    targets = torch.randint(9, (600,), generator=draw)
+    if kind == "certain":  # the right prototype's probability is above 0.99
+        queries = F.normalize(prototypes[targets] + 0.05 * unit(draw, 600), dim=1)
+    if kind == "hard":  # a bank entry is nearer than the right prototype
+        bank[:600] = F.normalize(queries + 0.3 * unit(draw, 600), dim=1)
+    if kind == "trained":  # bank entries are of the prototypes' classes
+        queries = F.normalize(prototypes[targets] + 0.6 * unit(draw, 600), dim=1)
+        classes = prototypes[torch.randint(9, (1500,), generator=draw)]
+        bank = F.normalize(classes + 0.5 * unit(draw, 1500), dim=1)
+    return queries, targets, prototypes, bank
+
+
+def dense_loss(
+    queries: Tensor,
+    targets: Tensor,
+    prototypes: Tensor,
+    bank: Tensor,
+    temperature: float,
+    weights: Tensor,
+    same_image: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """−Σ w log softmax at the target and its gradient, in float64, all logits at once.
+
+    As log(1 + Σ exp(other logits − right logit)), which float64 keeps exact near probability one.
+    """
+    queries = queries.detach().double().requires_grad_()
+    logits = queries @ torch.cat([prototypes, bank]).double().T / temperature
+    if same_image is not None:
+        logits[:, len(prototypes) :].masked_fill_(same_image, -torch.inf)
+    right = logits.gather(1, targets[:, None])
+    others = (logits - right).scatter(1, targets[:, None], -torch.inf)
+    loss = (weights.double() * F.softplus(others.logsumexp(1), threshold=200)).sum()
+    (gradient,) = torch.autograd.grad(loss, queries)
+    return loss.detach(), gradient
+
+
+def assert_equals_dense(
+    kind: str,
+    temperature: float,
+    chunk: int,
+    limit: float,
+    narrow: torch.dtype | None = None,
+    stored: torch.dtype = torch.float32,
+) -> None:
+    queries, targets, prototypes, bank = drawn(kind)
+    bank = bank.to(stored)
+    weights = 0.5 + torch.rand(len(queries), generator=torch.Generator().manual_seed(1))
+    reference, expected = dense_loss(queries, targets, prototypes, bank, temperature, weights)
     queries.requires_grad_()
-    targets = torch.randint(7, (200,), generator=draw)
-    targets[:50] = 3
-    weights = torch.rand(200, generator=draw)
+    chunks = torch.split(bank, chunk)
     loss = pixel_contrastive_loss(
-        queries, targets, prototypes, bank.split(chunk), temperature, weights
+        queries, targets, prototypes, chunks, temperature, weights, precision=narrow
     )
     (3 * loss).backward()  # type: ignore[no-untyped-call]
-    wide = queries.detach().double().requires_grad_()
-    reference = dense_loss(wide, targets, torch.cat([prototypes, bank]), temperature, weights)
-    (3 * reference).backward()  # type: ignore[no-untyped-call]
-    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(reference.item(), rel=max(1e-6, limit / 10))
     assert queries.grad is not None
-    assert wide.grad is not None
-    assert (queries.grad - wide.grad).abs().max() < 1e-5 * wide.grad.abs().max()
+    assert (queries.grad - 3 * expected).abs().max() < limit * (3 * expected).abs().max()
+
+
+KINDS = ("early", "certain", "hard", "trained")
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.05, 0.07, 0.1, 0.5])  # e^(1/0.01) overflows
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_equals_dense_float64(kind: str, temperature: float) -> None:
+    assert_equals_dense(kind, temperature, 400, 1e-5)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.05, 0.07, 0.1, 0.5])  # e^(1/0.05) overflows float16
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bit_keys_equal_dense_float64(
+    kind: str, temperature: float, stored: torch.dtype
+) -> None:
+    """What a GPU does, whose kernels take 16 bits: float16 products of keys kept in 16 bits."""
+    assert_equals_dense(kind, temperature, 400, 5e-3, torch.float16, stored)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64, 10_000])
+def test_the_loss_does_not_depend_on_the_chunks(chunk: int) -> None:
+    assert_equals_dense("trained", 0.1, chunk, 1e-5)
+
+
+def test_the_right_prototype_may_be_as_good_as_certain() -> None:
+    queries, targets, prototypes, bank = drawn("certain")
+    logits = queries @ torch.cat([prototypes, bank]).T / 0.05
+    probability = logits.softmax(1).gather(1, targets[:, None])
+    assert probability.mean() > 0.99
+    assert_equals_dense("certain", 0.05, 400, 1e-5)
+
+
+def test_entries_of_the_querys_own_image_do_not_count() -> None:
+    queries, targets, prototypes, bank = drawn("trained")
+    images = torch.arange(600) // 100  # six images of a hundred pixels
+    ids = torch.randint(0, 40, (1500,), generator=torch.Generator().manual_seed(2))
+    same = images[:, None] == ids
+    assert 30 < int(same.sum()) / 600 < 60  # entries of its own image, for each pixel
+    weights = torch.ones(600)
+    for masked in (True, False):
+        reference, expected = dense_loss(
+            queries, targets, prototypes, bank, 0.1, weights, same if masked else None
+        )
+        mine = queries.clone().requires_grad_()
+        chunks = [KeyChunk(*part) for part in zip(bank.split(700), ids.split(700), strict=True)]
+        found = contrast_pixels(
+            mine, targets, prototypes, chunks, 0.1, weights, images if masked else None
+        )
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        assert found.loss.item() == pytest.approx(reference.item(), rel=1e-6)
+        assert mine.grad is not None
+        assert (mine.grad - expected).abs().max() < 1e-5 * expected.abs().max()
+        similarity = queries @ torch.cat([prototypes, bank]).T
+        similarity.scatter_(1, targets[:, None], -9)
+        if masked:
+            similarity[:, 9:].masked_fill_(same, -9)
+        rows = probed_rows(600)
+        torch.testing.assert_close(found.hardest, similarity.amax(1)[rows])
+        torch.testing.assert_close(
+            found.positive, (queries * prototypes[targets]).sum(1)[rows], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_query_without_any_other_key_learns_nothing() -> None:
+    queries = unit(torch.Generator().manual_seed(0), 3).requires_grad_()
+    targets = torch.zeros(3, dtype=torch.int64)
+    own_image = KeyChunk(queries.detach()[:2], torch.tensor([4, 4]))
+    found = contrast_pixels(
+        queries, targets, queries.detach()[:1], [own_image], 0.1, torch.ones(3), targets + 4
+    )
+    found.loss.backward()  # type: ignore[no-untyped-call]
+    assert found.loss.item() == 0
+    assert queries.grad is not None
+    assert queries.grad.abs().max() == 0
+    assert len(found.hardest) == len(found.positive) == 0
+
+
+def test_queries_in_16_bits_get_a_gradient_in_16_bits() -> None:
+    queries, targets, prototypes, bank = drawn("trained")
+    narrow = queries.bfloat16()
+    _, expected = dense_loss(narrow, targets, prototypes, bank, 0.5, torch.ones(600))
+    narrow.requires_grad_()
+    pixel_contrastive_loss(narrow, targets, prototypes, [bank], 0.5, torch.ones(600)).backward()  # type: ignore[no-untyped-call]
+    assert narrow.grad is not None
+    assert narrow.grad.dtype == torch.bfloat16
+    assert (narrow.grad.double() - expected).abs().max() < 5e-3 * expected.abs().max()
+
+
+def test_every_chunk_is_taken_even_without_pixels() -> None:
+    """A chunk may be a collective: a rank that leaves one out makes the others wait."""
+    taken = []
+
+    def chunks() -> Iterator[Tensor]:
+        for number in range(3):
+            taken.append(number)
+            yield torch.zeros(5, 8)
+
+    queries, none = torch.zeros(0, 8, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    pixel_contrastive_loss(queries, none, torch.zeros(0, 8), chunks(), 0.5, torch.zeros(0))
+    assert taken == [0, 1, 2]
+
+
+def test_memory_is_that_of_the_queries_and_of_no_logits() -> None:
+    """Of 20,000 × 20,000 logits, 1.6 GB, next to nothing may be there at any time."""
+    code = """
+import resource, torch
+from torch.nn import functional as F
+from trainer.loss import pixel_contrastive_loss
+draw = torch.Generator().manual_seed(0)
+unit = lambda n: F.normalize(torch.randn(n, 32, generator=draw), dim=1)
+def once(n):
+    queries = unit(n).requires_grad_()
+    targets = torch.arange(n) % 8
+    keys = unit(n)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loss = pixel_contrastive_loss(queries, targets, unit(8), keys.split(8192), .1, torch.ones(n))
+    loss.backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+once(5000)
+print(once(20_000))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) * 1024 < 20 * 20_000 * 32 * 4  # N·D twenty times, 51 MB
 
 
 def test_no_pixels_give_a_zero_that_is_attached() -> None:

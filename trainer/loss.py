@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data_pipeline.sample import IGNORE
 from trainer.attention import (
     NOTHING,
     KeyPart,
@@ -26,7 +27,6 @@ from trainer.attention import (
     probed_rows,
     row_blocks,
 )
-from trainer.proposals import IGNORE
 
 
 class Contrast(NamedTuple):
@@ -160,7 +160,9 @@ class _OnePassLoss(torch.autograd.Function):
             losses[rows] = F.softplus(lse)
             mixture.sub_(right).mul_((lse.sigmoid_() * weights[rows] * scale)[:, None])
         ctx.save_for_backward(rest.mixture)
-        positive, hardest = _nearest(queries[probe], targets[probe], prototypes, rest.hardest, scale)
+        positive, hardest = _nearest(
+            queries[probe], targets[probe], prototypes, rest.hardest, scale
+        )
         ctx.mark_non_differentiable(positive, hardest)
         return (weights * losses).sum(), positive, hardest
 

@@ -13,25 +13,22 @@ comes back.
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.errors import InputError
 from trainer.attention import Attended, KeyChunk, KeyPart, attend_chunks, probed_rows
-from trainer.distributed import Ranks, new_group
+from trainer.bank_exchange import BankExchange, Transfer
+from trainer.distributed import Ranks
 
 log = logging.getLogger(__name__)
 _IN_FLIGHT = 2
 _FEW_ENTRIES = 4096  # so many cost a GPU next to nothing in float32 too
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # older torch
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,8 @@ class BankConfig:
 
     Attributes:
         capacity: prototypes over all ranks; 0 trains against the batch alone.
-        dtype: of the keys, float32, bfloat16, or auto: bfloat16 for more than 4,096 entries on a
-            GPU, whose flash kernels take 16 bits only, and float32 else.
+        dtype: of the keys, float32, float16, bfloat16, or auto: float16 for more than 4,096
+            entries on a GPU, whose flash kernels take 16 bits only, and float32 else.
         mask_same_image: whether a pixel passes over entries of its own image.
         move: bank (entries travel to the pixels), pixels (pixels travel to the entries), or auto,
             which takes the fewer bytes.
@@ -60,7 +57,7 @@ class BankConfig:
         if self.chunk_size < 1:
             raise InputError(f"bank.chunk_size is {self.chunk_size}; it must be at least 1")
         if self.dtype not in ("auto", *_DTYPES):
-            raise InputError(f"bank.dtype is {self.dtype!r}; it can be auto, float32 or bfloat16")
+            raise InputError(f"bank.dtype is {self.dtype!r}; it can be auto, {', '.join(_DTYPES)}")
         if self.move not in ("auto", "bank", "pixels"):
             raise InputError(f"bank.move is {self.move!r}; it can be auto, bank or pixels")
 
@@ -69,7 +66,7 @@ class BankConfig:
         if self.dtype != "auto":
             return _DTYPES[self.dtype]
         large = self.capacity > _FEW_ENTRIES
-        return torch.bfloat16 if large and device.type == "cuda" else torch.float32
+        return torch.float16 if large and device.type == "cuda" else torch.float32
 
 
 class ShardedMemoryBank:
@@ -97,7 +94,7 @@ class ShardedMemoryBank:
         self.sample_ids = torch.full((self.slots,), -1, device=where)
         self.next_sequence, self.updates, self.bytes_received = 0, 0, 0
         self._enqueued_at = torch.zeros(self.slots, dtype=torch.int32, device=where)  # update
-        self._exchange = _Exchange(ranks)
+        self._exchange = BankExchange(ranks)
         self._pending: _Gathering | None = None
         self._pixels: Sequence[int] = ()
         self._announced: set[str] = set()
@@ -241,7 +238,7 @@ class ShardedMemoryBank:
         """
         if not len(self) or not len(sample_ids):
             return weights.new_zeros(())
-        unique, group = sample_ids.unique(return_inverse=True)
+        unique, group = torch.unique(sample_ids, return_inverse=True)
         held = self.sample_ids[self._valid_rows()]
         place = torch.searchsorted(unique, held).clamp_max(len(unique) - 1)
         matches = torch.bincount(place[unique[place] == held], minlength=len(unique))
@@ -249,8 +246,9 @@ class ShardedMemoryBank:
 
     @property
     def precision(self) -> torch.dtype | None:
-        """What the loss attends in: that of the keys on a GPU, else that of the queries."""
-        return self.keys.dtype if self.ranks.device.type == "cuda" else None
+        """What the loss attends in, also to other ranks' prototypes; None is the queries' own."""
+        narrow = self.ranks.device.type == "cuda" and self.keys.itemsize == 2
+        return torch.float16 if narrow else None
 
     @property
     def wait_seconds(self) -> float:
@@ -363,7 +361,7 @@ class _Gathering:
         size = max(1, bank.config.chunk_size // world)
         self._spans = deque((i, min(i + size, used)) for i in range(0, used, size))
         self._stale = bank._stale()
-        self._under_way: deque[tuple[tuple[int, int], list[_Transfer]]] = deque()
+        self._under_way: deque[tuple[tuple[int, int], list[Transfer]]] = deque()
         for _ in range(_IN_FLIGHT):
             self._start_next()
 
@@ -389,8 +387,11 @@ class _Gathering:
     def _without_stale(self, span: tuple[int, int], columns: list[Tensor]) -> list[Tensor]:
         """Columns [W, slots, …] as [W · slots, …], less what is stale."""
         first, last = span
-        gone = [rank * (last - first) + slot - first for slot, rank in self._stale
-                if first <= slot < last]
+        gone = [
+            rank * (last - first) + slot - first
+            for slot, rank in self._stale
+            if first <= slot < last
+        ]
         flat = [column.flatten(0, 1) for column in columns]
         if not gone:
             return flat
@@ -398,72 +399,6 @@ class _Gathering:
         keep[gone] = False
         rows = keep.nonzero()[:, 0].to(flat[0].device)
         return [column[rows] for column in flat]
-
-
-class _Transfer(NamedTuple):
-    """A collective under way, and where its result, [W, …], comes to be."""
-
-    work: Any
-    result: Tensor
-
-
-class _Exchange:
-    """The bank's collectives, on a process group of its own so that none waits for another's."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self._group = ranks, new_group(ranks)
-        self._waited = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def start_gather(self, rows: Tensor) -> _Transfer:
-        """Rows [n, …], as many on each rank, to [W, n, …] on every rank."""
-        if self._ranks.world_size == 1:
-            return _Transfer(None, rows[None])
-        result = rows.new_empty((self._ranks.world_size, *rows.shape))
-        flat = result.flatten(0, 1)
-        work = _all_gather(flat, rows, group=self._group, async_op=True)
-        return _Transfer(work, result)
-
-    def wait(self, transfer: _Transfer, counted: bool = True) -> Tensor:
-        if transfer.work is None:
-            return transfer.result
-        before = self._now()
-        transfer.work.wait()
-        if counted:
-            self._passed(before, self._now())
-        return transfer.result
-
-    def gather(self, rows: Tensor) -> Tensor:
-        return self.wait(self.start_gather(rows))
-
-    def swap(self, rows: Tensor) -> Tensor:
-        """[W, …], the r-th for rank r, to [W, …], the r-th from rank r."""
-        if self._ranks.world_size == 1:
-            return rows
-        result = torch.empty_like(rows)
-        work = dist.all_to_all_single(result, rows, group=self._group, async_op=True)
-        return self.wait(_Transfer(work, result))
-
-    def wait_seconds(self) -> float:
-        for before, after in self._events:
-            after.synchronize()
-            self._waited += before.elapsed_time(after) / 1000
-        self._events.clear()
-        return self._waited
-
-    def _now(self) -> Any:
-        """A GPU waits on its own stream, so that it has to take the time there."""
-        if self._ranks.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _passed(self, before: Any, after: Any) -> None:
-        if isinstance(before, float):
-            self._waited += after - before
-        else:
-            self._events.append((before, after))
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

@@ -18,7 +18,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
 from data_pipeline.order import generator
 from trainer.attention import KeyChunk
-from trainer.distributed import Ranks, all_gather_rows, gather_counts
+from trainer.distributed import Ranks, all_gather_rows, gather_integers
 from trainer.loss import class_weights, contrast_pixels, saliency_counts, saliency_loss
 from trainer.memory_bank import ShardedMemoryBank
 from trainer.model import PixelOutput, upsample
@@ -129,7 +129,7 @@ def choose_pixels(
 
     mine = proposals.new_tensor([len(proposals), len(pixels.index)])
     mine = torch.cat([mine, saliency_counts(batch.query_mask)])
-    by_rank = gather_counts(mine, ranks)
+    by_rank = gather_integers(mine, ranks)
     num_prototypes, num_pixels, background, objects = map(list, zip(*by_rank, strict=True))
     described = torch.stack([batch.sample_id[proposals[:, 0]], pixels.counts], 1)
     sample_ids, counts = all_gather_rows(described, num_prototypes, ranks).unbind(1)

@@ -1,6 +1,6 @@
-"""From masks to the pixels that learn: which proposals count, which pixels of them, their weight."""
+"""From masks to what learns: the proposals that count, their pixels, weights and prototypes."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from data_pipeline.sample import IGNORE
 _IDS = 256
 
 
-class QueryPixels(NamedTuple):
+@dataclass(frozen=True)
+class QueryPixels:
     """Pixels of one rank's query views that are contrasted.
 
     Attributes:
