@@ -1,6 +1,6 @@
 """What do bank size and pixels per mask do to quality? Trains on stamps20, scores K-means.
 
-    python -m benchmarks.bank_ablation --root FOLDER --work FOLDER [--seeds 3] [--steps 375]
+    python -m benchmarks.bank_ablation --root FOLDER --work FOLDER [--seeds 3] [--steps 1000]
 
 FOLDER is the unpacked data set in the released PASCAL layout. Bank sizes 0, 256, 4,096 and 65,536
 (the last with same-image masking) with all pixels, then 256 and 64 pixels a mask with 256 entries;
@@ -29,7 +29,7 @@ TRAINING = (
     *("model.embedding_dim=32", "views.image_size=48", "data.batch_size=32", "data.threads=1"),
     *("views.jitter_probability=0.8", "views.brightness=0.4", "views.contrast=0.4"),
     *("views.saturation=0.4", "views.hue=0.1", "views.grayscale_probability=0.2"),
-    *("run.precision=float32", "run.threads=1", "run.tensorboard=false", "run.log_every=20"),
+    *("run.precision=bf16", "run.threads=1", "run.tensorboard=false", "run.log_every=20"),
     *("run.checkpoint_every=100", "data.loader=torch"),
 )
 KMEANS = (
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/bank_ablation"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=375)
+    parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
     if options.root is None:
         print("skipped: stamps20 is not part of maskbank; give its folder as --root")

@@ -78,6 +78,10 @@ def test_later_layers_win(tmp_path: Path) -> None:
         (["optim.lr=0"], r"optim.lr must be above 0"),
         (["loss.temperature=0"], r"loss.temperature is 0"),
         (["bank.capacity=-1"], r"bank.capacity is -1"),
+        (["bank.chunk_size=0"], r"bank.chunk_size is 0; it must be at least 1"),
+        (["bank.dtype=fp8"], r"bank.dtype is 'fp8'; it can be auto, float32, float16, bfloat16"),
+        (["bank.move=queries"], r"bank.move is 'queries'; it can be auto, bank or pixels"),
+        (["loss.pixels_per_mask=-1"], r"loss.pixels_per_mask is -1"),
         (["run.precision=fp8"], r"run.precision is 'fp8'; it can be bf16 or float32"),
         (["data.loader=ffcv"], r"data.loader is 'ffcv'"),
         (["verbose"], r"'verbose' is no setting; write key=value"),
@@ -104,7 +108,9 @@ def test_unknown_recipe_and_unreadable_files_are_named(tmp_path: Path) -> None:
 def test_only_what_changes_the_result_keeps_a_run_from_going_on() -> None:
     before = load_config("demo_cpu")
     faster = load_config(
-        "demo_cpu", None, ["run.log_every=1", "data.loader=torch", "run.threads=3"]
+        "demo_cpu",
+        None,
+        ["run.log_every=1", "data.loader=torch", "run.threads=3", "bank.move=pixels"],
     )
     assert resume_difference(before, faster) == ""
     changed = load_config("demo_cpu", None, ["optim.lr=0.01"])

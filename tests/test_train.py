@@ -242,6 +242,8 @@ def test_it_learns_and_the_encoder_loads(undisturbed: Path) -> None:
         ("model.batch_norm=shuffle", "optim.clip_norm=0.1", "data.loader=torch"),
         ("model.freeze=[stem,layer1]", "run.precision=float32", "bank.capacity=0"),
         ("loss.balance_classes=false", "run.tensorboard=true", "data.batch_size=48"),
+        ("bank.move=pixels", "bank.mask_same_image=true", "loss.pixels_per_mask=5"),
+        ("bank.dtype=bfloat16", "bank.chunk_size=3", "optim.accumulate=2", "bank.capacity=9"),
     ],
 )
 def test_options_train_on_two_ranks(
@@ -252,8 +254,28 @@ def test_options_train_on_two_ranks(
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(np.isfinite(row["loss"]) for row in rows)
+    moved = "bank.move=pixels" in settings  # there is nothing to attend to in the first step
+    assert [row["bank_moved_pixels"] for row in rows] == [float(moved)] * 4
+    assert all(row["bank_mb_received"] > 0 for row in rows[1:]) == (rows[-1]["bank_fill"] > 0)
     if "run.tensorboard=true" in settings:
         assert list((run / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        (("bank.capacity=10",), True),
+        (("bank.capacity=9",), False),
+        (("bank.capacity=1000", "bank.mask_same_image=true"), False),
+    ],
+)
+def test_a_bank_near_the_size_of_the_data_set_is_warned_of_once(
+    shards: Path, tmp_path: Path, settings: tuple[str, ...], warned: bool
+) -> None:
+    output = finish(command(shards, tmp_path / "run", 2, "run.steps=1", *settings))
+    line = "bank.capacity 10 nears the data set's size, 20 samples: on average 0.5 entries"
+    assert output.count(line) == int(warned)
+    assert output.count("nears the data set") == int(warned)
 
 
 def test_a_loss_that_is_not_finite_ends_every_rank(shards: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Plan:
         steps_per_epoch: need not be whole; batches run on over the end of an epoch.
         checkpoint: to go on from, if any.
         data_fingerprint: of the shards' contents.
+        warnings: what may go on, but should be known.
     """
 
     manifest: Manifest
@@ -37,6 +39,7 @@ class Plan:
     steps_per_epoch: float
     checkpoint: Checkpoint | None
     data_fingerprint: str
+    warnings: tuple[str, ...] = ()
 
 
 def plan_run(config: TrainConfig, world_size: int) -> Plan:
@@ -74,9 +77,27 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         )
     run = Path(config.run.directory)
     digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode())
-    plan = Plan(manifest, total_steps, steps_per_epoch, newest_checkpoint(run), digest.hexdigest())
+    plan = Plan(
+        manifest,
+        total_steps,
+        steps_per_epoch,
+        newest_checkpoint(run),
+        digest.hexdigest(),
+        tuple(_warnings(config, manifest)),
+    )
     _check_run_directory(run, config, plan)
     return plan
+
+
+def _warnings(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
+    bank, samples = config.bank, manifest.samples
+    if bank.capacity >= samples / 2 and not bank.mask_same_image:
+        yield (
+            f"bank.capacity {bank.capacity} nears the data set's size, {samples} samples: on "
+            f"average {bank.capacity / samples:.1f} entries or more of the bank come from a "
+            "pixel's own image, and it is pushed away from its own object; set "
+            f"bank.mask_same_image=true, or bank.capacity below {max(1, samples // 2)}"
+        )
 
 
 def _check_run_directory(run: Path, config: TrainConfig, plan: Plan) -> None:

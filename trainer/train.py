@@ -43,6 +43,7 @@ from trainer.preemption import StopRequest
 from trainer.preflight import Plan, add_arguments, plan_run
 from trainer.schedule import learning_rate
 
+logger = logging.getLogger(__name__)
 _RANK_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"))  # as torchrun sets them
 
 
@@ -54,6 +55,8 @@ def train(config: TrainConfig, plan: Plan, ranks: Ranks) -> int:
         FloatingPointError: the loss is not finite, on every rank at the same step.
     """
     barrier(ranks)  # every rank has looked before one writes
+    for warning in plan.warnings if ranks.is_main else ():
+        logger.warning(warning)
     state = TrainState(config, plan, ranks)
     stream, log, stop = state.stream(), state.metrics_log(), StopRequest()
     meter, micro_batches = state.meter, config.optim.accumulate
