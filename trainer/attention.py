@@ -90,8 +90,7 @@ def attend_chunks(
             found.mixture, found.lse, untouched = mixture, lse, False  # saves a pass and N×D
         else:
             merge_(found.mixture, found.lse, mixture, lse)
-        logits = queries[probe] @ part.keys.to(queries.dtype).T * scale
-        torch.maximum(found.hardest, logits.amax(1), out=found.hardest)
+        _probe_(found.hardest, queries[probe], part.keys, scale)
     if own_keys and sample_ids is not None:
         _attend_other_samples(found, queries, sample_ids, _joined(own_keys), scale)
     return found
@@ -173,11 +172,18 @@ def merge_(mixture: Tensor, lse: Tensor, other_mixture: Tensor, other_lse: Tenso
     torch.logaddexp(lse, other_lse, out=lse)
 
 
-def row_blocks(queries: Tensor, num_keys: int) -> Iterator[slice]:
-    """Slices of the queries whose logits to `num_keys` keys are small."""
-    size = max(1, _BLOCK.get(queries.device.type, _BLOCK["cuda"]) // max(1, num_keys))
-    for first in range(0, len(queries), size):
+def row_blocks(rows: Tensor, num_columns: int) -> Iterator[slice]:
+    """Slices of the rows whose logits to `num_columns` vectors are small."""
+    size = max(1, _BLOCK.get(rows.device.type, _BLOCK["cuda"]) // max(1, num_columns))
+    for first in range(0, len(rows), size):
         yield slice(first, first + size)
+
+
+def _probe_(hardest: Tensor, queries: Tensor, keys: Tensor, scale: float) -> None:
+    """Raises `hardest` [n] to the largest logit of queries [n, D] with keys [k, D], in place."""
+    for block in row_blocks(keys, len(queries)):
+        logits = queries @ keys[block].to(queries.dtype).T
+        torch.maximum(hardest, logits.amax(1) * scale, out=hardest)
 
 
 def _attend_other_samples(

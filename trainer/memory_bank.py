@@ -274,8 +274,19 @@ class ShardedMemoryBank:
         stale = [slot for slot, rank in self._stale() if rank == self.ranks.rank]
         if not stale:
             return slice(0, used)
-        rows = [row for row in range(used) if row not in stale]
-        return torch.tensor(rows, dtype=torch.int64, device=self.keys.device)
+        return _without(stale, used).to(self.keys.device)
+
+    def _own_chunks(self) -> Iterator[KeyChunk]:
+        """This rank's valid entries, without a copy of the whole shard."""
+        used, size = self._used_slots(), self.config.chunk_size
+        stale = [slot for slot, rank in self._stale() if rank == self.ranks.rank]
+        for first in range(0, used, size):
+            last = min(first + size, used)
+            keys, ids = self.keys[first:last], self.sample_ids[first:last]
+            if gone := [slot - first for slot in stale if first <= slot < last]:
+                rows = _without(gone, last - first).to(keys.device)
+                keys, ids = keys[rows], ids[rows]
+            yield KeyChunk(keys, ids)
 
     def _sequences(self) -> Tensor:
         """Number of the entry in each of this rank's slots, int64 [S]."""
@@ -326,11 +337,10 @@ class ShardedMemoryBank:
         if self.config.mask_same_image:
             assert sample_ids is not None
             ids = self._exchange.gather(_padded(sample_ids, most))
-        shard = KeyChunk(self.keys[self._valid_rows()], self.sample_ids[self._valid_rows()])
         found = queries.new_zeros((ranks.world_size, most, width + 2))
         for rank, count in enumerate(self._pixels):
             its_ids = None if ids is None else ids[rank, :count]
-            its = attend_chunks(visitors[rank, :count], [shard], scale, its_ids)
+            its = attend_chunks(visitors[rank, :count], self._own_chunks(), scale, its_ids)
             found[rank, :count, :width], found[rank, :count, width] = its.mixture, its.lse
             found[rank, :count, width + 1][probed_rows(count)] = its.hardest
         returned = self._exchange.swap(found)[:, : len(queries)]
@@ -395,10 +405,15 @@ class _Gathering:
         flat = [column.flatten(0, 1) for column in columns]
         if not gone:
             return flat
-        keep = torch.ones(len(flat[0]), dtype=torch.bool)
-        keep[gone] = False
-        rows = keep.nonzero()[:, 0].to(flat[0].device)
+        rows = _without(gone, len(flat[0])).to(flat[0].device)
         return [column[rows] for column in flat]
+
+
+def _without(gone: list[int], count: int) -> Tensor:
+    """Rows 0…count−1 less some, int64."""
+    keep = torch.ones(count, dtype=torch.bool)
+    keep[gone] = False
+    return keep.nonzero()[:, 0]
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:
