@@ -242,8 +242,11 @@ def on_ranks(question: str, world_size: int, gbit: float, **arguments: Any) -> l
     address = nodes.address(0) if gbit else "127.0.0.1"
     common = {
         **os.environ,
-        "WORLD_SIZE": str(world_size), "MASTER_ADDR": address, "MASTER_PORT": str(PORT),
-        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0" if gbit else "lo",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(PORT),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "eth0" if gbit else "lo",
     }
     with _prefixes(world_size, gbit) as prefixes:
         processes = [

@@ -38,7 +38,8 @@ def nodes(count: int, gbit: float) -> Iterator[list[list[str]]]:
             port = f"port{number}"
             pair = ("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0")
             _inside(_SWITCH, *pair, "netns", name)
-            _inside(_SWITCH, "ip", "link", "set", port, "master", "switch", "up")
+            _inside(_SWITCH, "ip", "link", "set", port, "mtu", "9000", "master", "switch", "up")
+            _inside(name, "ip", "link", "set", "eth0", "mtu", "9000")
             _inside(name, "ip", "address", "add", f"{address(number)}/16", "dev", "eth0")
             for device in ("eth0", "lo"):
                 _inside(name, "ip", "link", "set", device, "up")

@@ -202,13 +202,21 @@ def _attend_other_samples(
 
 
 def _coalesced(parts: Iterable[KeyPart]) -> Iterator[KeyChunk | Attended]:
-    """Small chunks joined until a call is worth it; large ones pass as they are."""
+    """Small chunks joined until a call is worth it; large ones pass as they are.
+
+    Those that wait are copied, since a stream may use a chunk's memory again for the one after.
+    """
     waiting: list[KeyChunk] = []
     for part in parts:
         if isinstance(part, Attended):
             yield part
             continue
-        waiting.append(KeyChunk(part) if isinstance(part, Tensor) else part)
+        chunk = KeyChunk(part) if isinstance(part, Tensor) else part
+        if not waiting and len(chunk.keys) >= _KEYS_A_CALL:
+            yield chunk
+            continue
+        ids = chunk.sample_ids
+        waiting.append(KeyChunk(chunk.keys.clone(), None if ids is None else ids.clone()))
         if sum(len(chunk.keys) for chunk in waiting) >= _KEYS_A_CALL:
             yield _joined(waiting)
             waiting = []

@@ -13,10 +13,11 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Transfer(NamedTuple):
-    """A collective under way, and where its result, [W, …], comes to be."""
+    """A collective under way, where its result, [W, …], comes to be, and the memory behind that."""
 
     work: Any
     result: Tensor
+    buffer: Tensor | None = None
 
 
 class BankExchange:
@@ -24,17 +25,31 @@ class BankExchange:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._group = ranks, new_group(ranks)
+        self._spare: list[Tensor] = []
         self._waited = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def start_gather(self, rows: Tensor) -> Transfer:
-        """Rows [n, …], as many on each rank, to [W, n, …] on every rank."""
-        if self._ranks.world_size == 1:
+    def start_gather(self, rows: Tensor, most: int = 0) -> Transfer:
+        """Rows [n, …], as many on each rank, to [W, n, …] on every rank.
+
+        Args:
+            rows: of this rank; not to be changed until the transfer was waited for.
+            most: rows that other calls like this one have; what they give back is used again.
+        """
+        world = self._ranks.world_size
+        if world == 1:
             return Transfer(None, rows[None])
-        result = rows.new_empty((self._ranks.world_size, *rows.shape))
-        flat = result.flatten(0, 1)
+        shape = (world * max(most, len(rows)), *rows.shape[1:])
+        alike = [n for n, b in enumerate(self._spare) if (b.shape, b.dtype) == (shape, rows.dtype)]
+        buffer = self._spare.pop(alike[0]) if alike else rows.new_empty(shape)
+        flat = buffer[: world * len(rows)]
         work = _all_gather(flat, rows, group=self._group, async_op=True)
-        return Transfer(work, result)
+        return Transfer(work, flat.view(world, *rows.shape), buffer)
+
+    def give_back(self, transfer: Transfer) -> None:
+        """Of a result that nothing reads any more: fresh memory at each step costs page faults."""
+        if transfer.buffer is not None:
+            self._spare.append(transfer.buffer)
 
     def wait(self, transfer: Transfer, counted: bool = True) -> Tensor:
         if transfer.work is None:

@@ -140,7 +140,8 @@ class ShardedMemoryBank:
         """Valid entries of all ranks, in an order that is the same on every rank; a collective.
 
         Waits for `prefetch`, which it calls itself where that was not done. While a chunk is
-        consumed the next one is under way: two are in memory at a time.
+        consumed the next one is under way: two are in memory at a time, and the memory of a chunk
+        is used again once the next is taken.
         """
         if self._pending is None:
             self.prefetch()
@@ -360,7 +361,8 @@ class ShardedMemoryBank:
 class _Gathering:
     """The shards' used slots, gathered chunk by chunk; two chunks are under way at the most.
 
-    Iterating gives for every chunk its columns, [k, …] each, without stale entries.
+    Iterating gives for every chunk its columns, [k, …] each, without stale entries; they hold until
+    the next is taken.
     """
 
     def __init__(
@@ -368,7 +370,7 @@ class _Gathering:
     ) -> None:
         self._bank, self._columns, self._counted = bank, columns, counted
         world, used = bank.ranks.world_size, bank._used_slots()
-        size = max(1, bank.config.chunk_size // world)
+        self._size = size = max(1, min(bank.slots, bank.config.chunk_size // world))
         self._spans = deque((i, min(i + size, used)) for i in range(0, used, size))
         self._stale = bank._stale()
         self._under_way: deque[tuple[tuple[int, int], list[Transfer]]] = deque()
@@ -380,14 +382,18 @@ class _Gathering:
             span, transfers = self._under_way.popleft()
             columns = [self._bank._exchange.wait(transfer, self._counted) for transfer in transfers]
             yield self._without_stale(span, columns)
-            self._start_next()  # the consumer is done with the chunk before
+            for transfer in transfers:  # the consumer is done with it
+                self._bank._exchange.give_back(transfer)
+            self._start_next()
 
     def _start_next(self) -> None:
         if not self._spans:
             return
         first, last = span = self._spans.popleft()
         exchange = self._bank._exchange
-        transfers = [exchange.start_gather(column[first:last]) for column in self._columns]
+        transfers = [
+            exchange.start_gather(column[first:last], self._size) for column in self._columns
+        ]
         self._under_way.append((span, transfers))
         if self._counted:
             others = self._bank.ranks.world_size - 1
