@@ -1,7 +1,7 @@
 """How fast and how lean is the one-pass loss? Forward and backward, against what others do.
 
     python -m benchmarks.bank_loss [--cases 100000x4096,1000000x320] [--rounds 5]
-        [--methods rows,maskbank]
+        [--methods rows,maskbank] [--output FILE]
 
 N pixels times K keys (64 prototypes of the batch, the rest from the bank), D = 32, T = 0.1:
 
@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,8 +142,10 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def compare(num_queries: int, num_keys: int, methods: list[str], rounds: int) -> list[str]:
-    """Rows of the table."""
+def compare(
+    num_queries: int, num_keys: int, methods: list[str], rounds: int
+) -> list[dict[str, Any]]:
+    """Figures of each method."""
     case = make_case(num_queries, num_keys)
     small = make_case(1000, num_keys)
     for name in methods:
@@ -158,22 +160,39 @@ def compare(num_queries: int, num_keys: int, methods: list[str], rounds: int) ->
             if not number:
                 errors[name] = gradient_error(case, gradient)
     memory = {name: extra_memory(name, num_queries, num_keys) for name in methods}
-    table = []
-    for name in methods:
-        timed = seconds[name]
+    return [
+        {
+            "question": "loss",
+            "method": name,
+            "pixels": num_queries,
+            "keys": num_keys,
+            "seconds": seconds[name],
+            "extra_mb": memory[name],
+            "gradient_error": errors[name],
+        }
+        for name in methods
+    ]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Rows of the table, one case."""
+    dense = next((row for row in rows if row["method"] == "dense"), None)
+    for row in rows:
         ratios = ""
-        if name == "maskbank" and "dense" in methods:
-            faster = [a / b for a, b in zip(seconds["dense"], seconds[name], strict=True)]
+        if row["method"] == "maskbank" and dense is not None:
+            pairs = zip(dense["seconds"], row["seconds"], strict=True)
+            faster = [theirs / ours for theirs, ours in pairs]
             ratios = (
                 f"{statistics.median(faster):.1f} ({min(faster):.1f}–{max(faster):.1f})× faster"
             )
-            ratios += f", 1/{memory['dense'] / memory[name]:.0f} of the memory"
-        table.append(
-            f"| {num_queries:,} × {num_keys:,} | {name} | {statistics.median(timed):.2f} "
-            f"({min(timed):.2f}–{max(timed):.2f}) | {memory[name]:,.0f} | {errors[name]:.1e} "
-            f"| {ratios} |"
+            ratios += f", 1/{dense['extra_mb'] / row['extra_mb']:.0f} of the memory"
+        timed = row["seconds"]
+        print(
+            f"| {row['pixels']:,} × {row['keys']:,} | {row['method']} | "
+            f"{statistics.median(timed):.2f} ({min(timed):.2f}–{max(timed):.2f}) | "
+            f"{row['extra_mb']:,.0f} | {row['gradient_error']:.1e} | {ratios} |",
+            flush=True,
         )
-    return table
 
 
 def main() -> None:
@@ -184,6 +203,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--limit", type=float, default=10.0)
+    parser.add_argument("--output", type=Path, help="JSON lines, appended")
     parser.add_argument("--memory-of", choices=list(METHODS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     cases = [tuple(map(int, case.split("x"))) for case in options.cases.split(",")]
@@ -202,7 +222,11 @@ def main() -> None:
         logits_gb = 3 * 4 * case[0] * case[1] / 1e9  # logits, log-softmax and their gradient
         if logits_gb > options.limit and "dense" in methods:
             methods.remove("dense")
-        print("\n".join(compare(*case, methods, options.rounds)), flush=True)
+        rows = compare(*case, methods, options.rounds)
+        show(rows)
+        if options.output:
+            with options.output.open("a") as file:
+                file.writelines(json.dumps({**environment, **row}) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@
   interface, against K·D·bytes·(W−1)/W; seconds; memory
 - hidden: training steps with the exchange started before the encoder (as in training), after it,
   and with all entries on every rank already; one after another in turn
+  (--spare-core: all ranks' encoders on one core, the others left to the transport, as on a node
+  whose encoder runs on a GPU)
 - sampled: one loss, forward and backward, of a few pixels a rank against a large bank, checked
   against float64 in 16 pixels a rank
 
@@ -87,7 +89,9 @@ def exchange(ranks: Ranks, entries: list[int], rounds: int, dtype: str) -> list[
     return found
 
 
-def hidden(ranks: Ranks, entries: int, images: int, steps: int, dtype: str) -> list[Figures]:
+def hidden(
+    ranks: Ranks, entries: int, images: int, steps: int, dtype: str, spare_core: bool
+) -> list[Figures]:
     """Seconds of a training step with the bank's exchange early, late, and without it."""
     settings = ["model.embedding_dim=32", "run.precision=float32", "model.batch_norm=plain"]
     config = load_config("demo_cpu", None, [*settings, "loss.pixels_per_mask=64"])
@@ -97,6 +101,9 @@ def hidden(ranks: Ranks, entries: int, images: int, steps: int, dtype: str) -> l
     settings_of_bank = BankConfig(entries, dtype, move="bank")
     shared = full_bank(settings_of_bank, ranks)
     alone = full_bank(settings_of_bank, Ranks(0, 1, ranks.device))  # all entries, here
+    list(shared.chunks())  # starts the transport's threads
+    if spare_core:  # of this thread, and of autograd's, which it starts
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     batch = _some_batch(images, config.views.image_size, ranks)
     seconds: dict[str, list[float]] = {"early": [], "late": [], "without": []}
     exchange_alone, waited = [], 0.0
@@ -126,7 +133,15 @@ def hidden(ranks: Ranks, entries: int, images: int, steps: int, dtype: str) -> l
         if number:
             exchange_alone.append(time.perf_counter() - start)
     found: Figures = {"ranks": ranks.world_size, "entries": entries, "images": images, **seconds}
-    return [{**found, "alone": exchange_alone, "waited": waited / steps, "dtype": dtype}]
+    return [
+        {
+            **found,
+            "alone": exchange_alone,
+            "waited": waited / steps,
+            "dtype": dtype,
+            "spare_core": spare_core,
+        }
+    ]
 
 
 def sampled(ranks: Ranks, entries: int, pixels: int, move: str) -> list[Figures]:
@@ -341,6 +356,7 @@ def main() -> None:
     parser.add_argument("--entries", help="of the bank over all ranks; several for exchange")
     parser.add_argument("--pixels", type=int, default=4096, help="a rank, for sampled")
     parser.add_argument("--images", type=int, default=8, help="a rank, for hidden")
+    parser.add_argument("--spare-core", action="store_true", help="for hidden")
     parser.add_argument("--rounds", type=int, help="steps of each kind, or exchanges")
     parser.add_argument("--dtype", default="float32", help="of the bank")
     parser.add_argument("--move", default="auto", help="auto, bank or pixels, for sampled")
@@ -378,6 +394,7 @@ def main() -> None:
                 "images": options.images,
                 "steps": options.rounds or 40,
                 "dtype": options.dtype,
+                "spare_core": options.spare_core,
             }
         else:
             arguments = {"entries": entries[0], "pixels": options.pixels, "move": options.move}
