@@ -17,6 +17,7 @@ from typing import Any
 
 DIM = 32
 CHUNK = 65_536
+_LINK_FITTED = (256, 1 << 20)
 Row = dict[str, Any]
 
 
@@ -60,7 +61,7 @@ def bank_bytes(entries: int, ranks: int, key_bytes: int, dim: int = DIM) -> floa
 
 
 def pixel_bytes(pixels: int, ranks: int, dim: int = DIM) -> float:
-    """Received by a rank when N pixels a rank travel: queries there, mean key, lse, hardest back."""
+    """Received by a rank when N pixels a rank travel: queries, then mean keys and two numbers."""
     return (ranks - 1) * pixels * 4 * (2 * dim + 2)
 
 
@@ -120,13 +121,16 @@ def fit_loss(rows: list[Row]) -> tuple[float, float]:
 
 
 def fit_link(rows: list[Row]) -> tuple[float, float]:
-    """(bytes a second, seconds a chunk) of one set of exchanges, from the smallest and the largest
-    of at most one chunk."""
-    single = [row for row in rows if row["entries"] <= CHUNK]
-    small, large = (pick(single, key=lambda row: row["entries"]) for pick in (min, max))
+    """(bytes a second, seconds of an exchange of nothing) from 256 and 2²⁰ entries."""
+    small, large = (next(r for r in rows if r["entries"] == n) for n in _LINK_FITTED)
     latency = statistics.median(small["seconds"])
     rest = statistics.median(large["seconds"]) - latency
     return (large["counted_mb"] - small["counted_mb"]) * 1e6 / max(rest, 1e-9), latency
+
+
+def exchange_seconds(row: Row, link: tuple[float, float]) -> float:
+    """Of gloo, which runs two chunks at a time, so that latency counts once."""
+    return link[1] + row["counted_mb"] * 1e6 / link[0]
 
 
 # What the makers state, less what is usual: no measurement. See docs/scaling.md.
@@ -153,14 +157,11 @@ def show_checks(loss: list[Row], exchange: list[Row], sampled: list[Row]) -> Non
     print("|" + "---|" * 8)
     for key in sorted({(row["gbit"], row["ranks"]) for row in exchange if row["ranks"] > 1}):
         rows = [row for row in exchange if (row["gbit"], row["ranks"]) == key]
-        link, latency = fit_link(rows)
+        link = fit_link(rows)
         name = f"{key[0]:g} Gbit/s" if key[0] else "loopback"
-        print(f"| {name} | {key[1]} | | {link / 1e6:,.0f} MB/s, {1000 * latency:.1f} ms a chunk |")
         for row in rows:
-            chunks = max(1, -(-row["entries"] // CHUNK))
-            model = chunks * latency + row["counted_mb"] * 1e6 / link
-            measured = statistics.median(row["seconds"])
-            fitted = row["entries"] in (256, CHUNK)
+            model, measured = exchange_seconds(row, link), statistics.median(row["seconds"])
+            fitted = row["entries"] in _LINK_FITTED
             print(
                 f"| {name} | {row['ranks']} | {row['entries']:,} | {row['counted_mb']:,.2f} | "
                 f"{measured:.4f} | {model:.4f} | {model / measured:.2f} | "
@@ -191,22 +192,28 @@ def show_predictions() -> None:
                     )
 
 
-def draw(loss: list[Row], exchange: list[Row], folder: Path) -> None:
+def draw(methods: list[Row], exchange: list[Row], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    loss = [row for row in methods if row["method"] == "maskbank"]
     pixel, pair = fit_loss(loss)
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.4))
+    markers = {"maskbank": "o", "linear": "s", "rows": "^", "dense": "d"}
+    for number, (method, marker) in enumerate(markers.items()):
+        own = [row for row in methods if row["method"] == method]
+        pairs = [row["pixels"] * row["keys"] for row in own]
+        seconds = [statistics.median(row["seconds"]) for row in own]
+        left.loglog(pairs, seconds, marker, color=f"C{number}", label=method)
     for row in loss:
-        x, y = row["pixels"] * row["keys"], statistics.median(row["seconds"])
-        left.loglog(x, y, "o", color="C0")
+        pairs = row["pixels"] * row["keys"]
+        model = row["pixels"] * (pixel + pair * row["keys"])
+        left.plot(pairs, model, "x", color="black", label="model" if row is loss[0] else None)
+        place = (-60, 3) if row["keys"] == 320 else (-10, -16)
         label = f"{row['pixels'] // 1000}k × {row['keys']:,}"
-        left.annotate(label, (x, y), textcoords="offset points", xytext=(6, -9), fontsize=8)
-        left.loglog(x, row["pixels"] * (pixel + pair * row["keys"]), "x", color="C1")
-    left.plot([], [], "o", color="C0", label="measured")
-    left.plot([], [], "x", color="C1", label="model")
+        left.annotate(label, (pairs, model), textcoords="offset points", xytext=place, fontsize=8)
     left.set(xlabel="N · K", ylabel="seconds, forward and backward", title="loss, 2 CPU cores")
     left.legend()
     for number, ranks in enumerate(sorted({row["ranks"] for row in exchange if row["ranks"] > 1})):
@@ -224,15 +231,12 @@ def draw(loss: list[Row], exchange: list[Row], folder: Path) -> None:
         sorted({(r["gbit"], r["ranks"]) for r in exchange if r["ranks"] > 1})
     ):
         rows = [row for row in exchange if (row["gbit"], row["ranks"]) == key]
-        link, latency = fit_link(rows)
+        link = fit_link(rows)
         name = f"{key[1]} ranks, " + (f"{key[0]:g} Gbit/s" if key[0] else "loopback")
         entries = [row["entries"] for row in rows]
         measured = [statistics.median(row["seconds"]) for row in rows]
         right.loglog(entries, measured, "o", color=f"C{number}", label=name)
-        model = [
-            max(1, -(-row["entries"] // CHUNK)) * latency + row["counted_mb"] * 1e6 / link
-            for row in rows
-        ]
+        model = [exchange_seconds(row, link) for row in rows]
         right.loglog(entries, model, "-", color=f"C{number}", linewidth=0.8)
     right.set(xlabel="entries", ylabel="seconds", title="exchange alone; lines: model")
     right.legend()
@@ -257,6 +261,8 @@ def draw(loss: list[Row], exchange: list[Row], folder: Path) -> None:
         title=f"64 pixels a mask: {FEW_PIXELS:,} a GPU", xlabel="entries", ylabel="step, ms"
     )
     panels[2].set(title="memory of bank and loss", xlabel="entries", ylabel="MB a GPU")
+    for panel in panels[:2]:
+        panel.set_ylim(10, 3000)
     for panel in panels:
         panel.legend(fontsize=7)
     figure.suptitle(
@@ -275,7 +281,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="folder for the pictures; none without")
     options = parser.parse_args()
     rows = [json.loads(line) for file in options.measured for line in file.open()]
-    loss = [row for row in rows if row["question"] == "loss" and row["method"] == "maskbank"]
+    methods = [row for row in rows if row["question"] == "loss"]
+    loss = [row for row in methods if row["method"] == "maskbank"]
     exchange = [row for row in rows if row["question"] == "exchange"]
     sampled = [row for row in rows if row["question"] == "sampled"]
     if not loss or not exchange:
@@ -284,7 +291,7 @@ def main() -> None:
     show_checks(loss, exchange, sampled)
     show_predictions()
     if options.docs and importlib.util.find_spec("matplotlib"):
-        draw(loss, exchange, options.docs)
+        draw(methods, exchange, options.docs)
 
 
 if __name__ == "__main__":

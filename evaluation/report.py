@@ -48,6 +48,12 @@ CURVES = (
     ("lr", "Learning rate", "schedule of the optimiser", 1.0, ""),
     ("images_per_second", "Throughput", "training images a second", 1.0, ""),
     ("data_wait", "Waiting for data", "share of the step time", 100.0, "%"),
+    ("positive_similarity", "Similarity to its own mask", "cosine, mean pixel", 1.0, ""),
+    ("hardest_similarity", "Similarity to the nearest other", "cosine, mean pixel", 1.0, ""),
+    ("bank_age", "Age of the memory bank", "mean entry, in steps", 1.0, ""),
+    ("bank_same_image", "Bank entries of a pixel's own image", "false negatives", 100.0, "%"),
+    ("bank_mb_received", "Bank traffic", "MB a rank and step", 1.0, ""),
+    ("bank_wait_ms", "Waiting for the bank", "not hidden, ms a rank and step", 1.0, ""),
 )
 
 
