@@ -63,8 +63,8 @@ def exchange(ranks: Ranks, entries: list[int], rounds: int, dtype: str) -> list[
         list(bank.chunks()) if capacity <= BLOCK else None  # connections and buffers
         seconds, counted, on_wire = [], 0, 0
         for _ in range(rounds):
+            before, wire = bank.bytes_received, _interface_bytes()  # while no rank has begun
             barrier(ranks)
-            before, wire = bank.bytes_received, _interface_bytes()
             start = time.perf_counter()
             for _ in bank.chunks():
                 pass
@@ -321,7 +321,8 @@ def show_hidden(rows: list[Figures]) -> None:
         left = [a - b for a, b in zip(row["early"], row["without"], strict=True)]
         late = [a - b for a, b in zip(row["late"], row["without"], strict=True)]
         share = 1 - statistics.median(left) / middle["alone"]
-        error = statistics.stdev(left) / len(left) ** 0.5 / middle["alone"]
+        spread = statistics.stdev(left) if len(left) > 1 else float("nan")
+        error = spread / len(left) ** 0.5 / middle["alone"]
         print(
             f"{row['entries']:,} entries ({row['dtype']}), {row['ranks']} ranks, "
             f"{row['images']} images a rank, {len(left)} steps of each kind, medians:"
