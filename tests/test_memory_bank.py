@@ -272,27 +272,31 @@ def test_what_travels_is_said_once_by_rank_0() -> None:
     assert first[1].startswith("bank.move=auto: bank travels")
 
 
-def chunks_in_memory(ranks: Ranks) -> tuple[int, int]:
+def chunks_in_memory(ranks: Ranks) -> tuple[int, int, int]:
+    """Transfers started by prefetch, most at a time, and places that chunks were in, over steps."""
     bank = ShardedMemoryBank(BankConfig(1000, chunk_size=100), DIM, ranks)
-    bank.enqueue(*prototypes(0, 1000))
-    started, most = [0], 0
+    started, before, most, places = [0], 0, 0, set()
     start = bank._exchange.start_gather
 
-    def counted(rows: Tensor) -> Any:
+    def counted(rows: Tensor, *size: int) -> Any:
         started[0] += 1
-        return start(rows)
+        return start(rows, *size)
 
     bank._exchange.start_gather = counted  # type: ignore[method-assign]
-    bank.prefetch()
-    before = started[0]
-    for consumed, _ in enumerate(bank.chunks()):
-        most = max(most, started[0] - consumed)  # under way, or being consumed
-    return before, most
+    for step in range(6):  # the last chunk is of another size at every step
+        bank.enqueue(*prototypes(230 * step, 230))
+        started[0] = 0
+        bank.prefetch()
+        before = started[0]
+        for consumed, chunk in enumerate(bank.chunks()):
+            most = max(most, started[0] - consumed)  # under way, or being consumed
+            places.add(chunk.keys.data_ptr())
+    return before, most, len(places)
 
 
 @pytest.mark.slow
-def test_two_chunks_are_in_memory_at_the_most() -> None:
-    assert run_on_ranks(chunks_in_memory, 2) == [(2, 2)] * 2
+def test_two_chunks_are_in_memory_at_the_most_and_always_the_same_two() -> None:
+    assert run_on_ranks(chunks_in_memory, 2) == [(2, 2, 2)] * 2
 
 
 # --- the same on one rank, without processes ---
