@@ -48,6 +48,7 @@ from trainer.momentum import make_momentum_encoder
 from trainer.objective import choose_pixels, contrast_views
 
 DIM, BLOCK, PORT = 32, 1 << 16, 29_577
+MODES = ("early", "late", "without")
 Figures = dict[str, Any]
 
 
@@ -60,7 +61,8 @@ def exchange(ranks: Ranks, entries: list[int], rounds: int, dtype: str) -> list[
     for capacity in entries:
         bank = full_bank(BankConfig(capacity, dtype), ranks)
         before_memory, before = _peak_memory(reset=True), bank.bytes_received
-        list(bank.chunks()) if capacity <= BLOCK else None  # connections and buffers
+        if capacity <= BLOCK:
+            list(bank.chunks())  # starts connections, and fills the buffers
         seconds, counted, on_wire = [], 0, 0
         for _ in range(rounds):
             before, wire = bank.bytes_received, _interface_bytes()  # while no rank has begun
@@ -105,10 +107,10 @@ def hidden(
     if spare_core:  # of this thread, and of autograd's, which it starts
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     batch = _some_batch(images, config.views.image_size, ranks)
-    seconds: dict[str, list[float]] = {"early": [], "late": [], "without": []}
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     exchange_alone, waited = [], 0.0
     for number in range(steps + 1):
-        for mode in sorted(seconds, key=lambda mode, n=number: (hash_of(mode) + n) % 3):  # type: ignore[misc]
+        for mode in MODES[number % 3 :] + MODES[: number % 3]:
             bank = alone if mode == "without" else shared
             barrier(ranks)
             start, waited_before = time.perf_counter(), shared.wait_seconds
@@ -223,10 +225,6 @@ def _some_batch(images: int, size: int, ranks: Ranks) -> Batch:
     ids = torch.arange(images) + ranks.rank * images
     query, key = (view.contiguous(memory_format=torch.channels_last) for view in views)
     return Batch(query, key, masks[0], masks[1], ids)
-
-
-def hash_of(mode: str) -> int:
-    return ("early", "late", "without").index(mode)
 
 
 def _interface_bytes() -> int:

@@ -192,10 +192,7 @@ def show_predictions() -> None:
                     )
 
 
-def draw(methods: list[Row], exchange: list[Row], folder: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
+def draw_measured(methods: list[Row], exchange: list[Row], file: Path) -> None:
     from matplotlib import pyplot
 
     loss = [row for row in methods if row["method"] == "maskbank"]
@@ -241,7 +238,11 @@ def draw(methods: list[Row], exchange: list[Row], folder: Path) -> None:
     right.set(xlabel="entries", ylabel="seconds", title="exchange alone; lines: model")
     right.legend()
     figure.tight_layout()
-    figure.savefig(folder / "scaling-measured.png", dpi=90)
+    figure.savefig(file, dpi=90)
+
+
+def draw_predictions(file: Path) -> None:
+    from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.4))
     entries = [2**power for power in range(8, 25)]
@@ -269,7 +270,7 @@ def draw(methods: list[Row], exchange: list[Row], folder: Path) -> None:
         "predicted, not measured: H100, ResNet-50, 16 images of 224 pixels a GPU, float16 keys"
     )
     figure.tight_layout()
-    figure.savefig(folder / "scaling-predicted.png", dpi=90)
+    figure.savefig(file, dpi=90)
 
 
 def main() -> None:
@@ -291,7 +292,11 @@ def main() -> None:
     show_checks(loss, exchange, sampled)
     show_predictions()
     if options.docs and importlib.util.find_spec("matplotlib"):
-        draw(methods, exchange, options.docs)
+        import matplotlib
+
+        matplotlib.use("agg")
+        draw_measured(methods, exchange, options.docs / "scaling-measured.png")
+        draw_predictions(options.docs / "scaling-predicted.png")
 
 
 if __name__ == "__main__":
