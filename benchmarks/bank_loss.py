@@ -58,7 +58,7 @@ def rows(case: Case) -> Tensor:
     def block(queries: Tensor, targets: Tensor) -> Tensor:
         return dense(case._replace(queries=queries, targets=targets))
 
-    parts = zip(case.queries.split(ROWS), case.targets.split(ROWS), strict=True)  # type: ignore[no-untyped-call]
+    parts = zip(case.queries.split(ROWS), case.targets.split(ROWS), strict=True)
     return torch.stack([checkpoint(block, *part, use_reentrant=False) for part in parts]).sum()
 
 
@@ -76,7 +76,7 @@ def linear(case: Case) -> Tensor:
 
 def maskbank(case: Case) -> Tensor:
     prototypes, bank = case.keys[:PROTOTYPES], case.keys[PROTOTYPES:]
-    chunks = bank.split(CHUNK)  # type: ignore[no-untyped-call]
+    chunks = bank.split(CHUNK)
     weights = case.weights[case.targets]
     return pixel_contrastive_loss(
         case.queries, case.targets, prototypes, chunks, TEMPERATURE, weights
@@ -102,7 +102,7 @@ def make_case(num_queries: int, num_keys: int) -> Case:
 def run(method: str, case: Case) -> Tensor:
     """The gradient [N, D]."""
     case.queries.grad = None
-    METHODS[method](case).backward()  # type: ignore[no-untyped-call]
+    METHODS[method](case).backward()
     assert case.queries.grad is not None
     return case.queries.grad
 

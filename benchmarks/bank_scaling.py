@@ -97,7 +97,7 @@ def hidden(
     """Seconds of a training step with the bank's exchange early, late, and without it."""
     settings = ["model.embedding_dim=32", "run.precision=float32", "model.batch_norm=plain"]
     config = load_config("demo_cpu", None, [*settings, "loss.pixels_per_mask=64"])
-    network = initial_network(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = initial_network(config).to(memory_format=torch.channels_last)
     momentum_encoder = make_momentum_encoder(network).train()
     engine = DdpEngine(network.train(), config.optim, ranks, "float32")
     settings_of_bank = BankConfig(entries, dtype, move="bank")
@@ -159,7 +159,7 @@ def sampled(ranks: Ranks, entries: int, pixels: int, move: str) -> list[Figures]
     parts = bank.parts(queries.detach(), None, 10.0)
     weights = torch.ones(pixels)
     loss = contrast_pixels(queries, targets, prototypes, parts, 0.1, weights).loss
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     seconds = time.perf_counter() - start
     extra = (_peak_memory() - memory) / 1e6
     assert queries.grad is not None

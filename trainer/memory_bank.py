@@ -269,18 +269,19 @@ class ShardedMemoryBank:
         places = [(self.next_sequence + i) % ring for i in range(count)]
         return [divmod(place, self.ranks.world_size) for place in places]
 
+    def _own_stale(self) -> list[int]:
+        """Of these, this rank's slots."""
+        return [slot for slot, rank in self._stale() if rank == self.ranks.rank]
+
     def _valid_rows(self) -> slice | Tensor:
         """This rank's slots with valid entries."""
         used = self._used_slots()
-        stale = [slot for slot, rank in self._stale() if rank == self.ranks.rank]
-        if not stale:
-            return slice(0, used)
-        return _without(stale, used).to(self.keys.device)
+        stale = self._own_stale()
+        return _without(stale, used).to(self.keys.device) if stale else slice(0, used)
 
     def _own_chunks(self) -> Iterator[KeyChunk]:
         """This rank's valid entries, without a copy of the whole shard."""
-        used, size = self._used_slots(), self.config.chunk_size
-        stale = [slot for slot, rank in self._stale() if rank == self.ranks.rank]
+        used, size, stale = self._used_slots(), self.config.chunk_size, self._own_stale()
         for first in range(0, used, size):
             last = min(first + size, used)
             keys, ids = self.keys[first:last], self.sample_ids[first:last]
