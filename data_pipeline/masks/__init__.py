@@ -1,0 +1,1 @@
+"""Saliency masks for people who have images and nothing else."""
