@@ -49,11 +49,15 @@ _TURNS = {  # EXIF orientation -> what brings stored pixels upright; 1 and unkno
 
 @dataclass(frozen=True)
 class RawSample:
-    """Bytes as a source holds them; `None` where it has no such component."""
+    """Bytes as a source holds them; `None` where it has no such component.
+
+    A source that makes masks or labels itself, as from polygons, gives them as arrays of the size
+    of the stored image: proposal ids uint8 [H, W], class indices uint8 [H, W].
+    """
 
     image: bytes
-    mask: bytes | None
-    label: bytes | None
+    mask: bytes | UInt8 | None
+    label: bytes | UInt8 | None
 
 
 @dataclass(frozen=True)

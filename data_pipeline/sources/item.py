@@ -1,22 +1,27 @@
 """The one form in which every source hands its samples to the shard writer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from data_pipeline.errors import InputError, SampleError
-from data_pipeline.sample import IGNORE, RawSample, safe_key
+from data_pipeline.sample import IGNORE, RawSample
+from data_pipeline.storage import Location, read_location, size_of
 
 
 class Item(Protocol):
     """One sample, not yet read. Picklable, since worker processes read it."""
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """Any name that tells it from the others: `plan.Plan` makes a safe key of it."""
+        ...
 
     @property
-    def source(self) -> str: ...
+    def source(self) -> str:
+        """Where it comes from, for people: a path relative to the source's folder."""
+        ...
 
     def read(self) -> RawSample:
         """Reads the bytes; raises SampleError or OSError when that fails."""
@@ -33,9 +38,9 @@ class FileItem:
 
     key: str
     source: str
-    image: Path
-    mask: Path | None
-    label: Path | None
+    image: Location
+    mask: Location | None
+    label: Location | None
 
     def read(self) -> RawSample:
         return RawSample(
@@ -46,7 +51,7 @@ class FileItem:
 
     def sizes(self) -> tuple[int, ...]:
         files = (self.image, self.mask, self.label)
-        return tuple(_size(path) for path in files if path is not None)
+        return tuple(size_of(path) for path in files if path is not None)
 
 
 @dataclass(frozen=True)
@@ -61,32 +66,20 @@ class Failure:
 
 @dataclass(frozen=True)
 class Listing:
-    """All samples of a source, sorted by key, and what could not be matched.
+    """All samples of a source, in any order, each found only as one iterates.
 
-    `classes` names the label classes, background first; empty where there are no labels.
+    Attributes:
+        entries: samples, and in between what could not be matched. Iterated once.
+        classes: names of the label classes, background first; empty where there are no labels.
+        description: what decides the entries: a build that goes on compares it, key by key.
+        roots: folders that must be there for any sample to be readable: where one vanishes during
+            a build, that is no failure of the samples.
     """
 
-    items: Sequence[Item]
-    failures: Sequence[Failure] = ()
+    entries: Iterable[Item | Failure]
     classes: tuple[str, ...] = ()
-    description: dict[str, str] = field(default_factory=dict)
-
-
-def unique_keys(items: Sequence[FileItem]) -> tuple[list[FileItem], list[Failure]]:
-    """Gives every item a safe key; items that share one all fail, none is silently the winner."""
-    by_key: dict[str, list[FileItem]] = {}
-    for item in items:
-        by_key.setdefault(safe_key(item.key), []).append(item)
-    kept, failures = [], []
-    for key, same in sorted(by_key.items()):
-        if len(same) == 1:
-            kept.append(replace(same[0], key=key))
-            continue
-        names = ", ".join(sorted(item.source for item in same))
-        failures += [
-            Failure(key, item.source, "match", f"duplicate stem: {names}") for item in same
-        ]
-    return kept, failures
+    description: dict[str, Any] = field(default_factory=dict)
+    roots: tuple[Path, ...] = ()
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
@@ -109,15 +102,9 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _read(path: Path, stage: str) -> bytes:
+def _read(location: Location, stage: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_location(location)
     except OSError as error:
-        raise SampleError(stage, f"{path} cannot be read ({error.strerror})") from None
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+        reason = error.strerror or str(error)
+        raise SampleError(stage, f"{location} cannot be read ({reason})") from None

@@ -1,0 +1,51 @@
+"""Files here and elsewhere: a `Path`, or an address such as `s3://bucket/name` that fsspec reads."""
+
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import InputError
+
+Location = Path | str
+
+
+def is_remote(location: Location) -> bool:
+    return isinstance(location, str) and "://" in location
+
+
+def as_location(text: str | Path) -> Location:
+    """What a user typed: an address stays one, anything else is a path."""
+    return str(text) if is_remote(str(text)) else Path(text)
+
+
+def file_system(location: str) -> tuple[Any, str]:
+    """The fsspec file system of an address, and the path in it.
+
+    Raises:
+        InputError: no such protocol, or its package is not installed.
+    """
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(location)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{location} cannot be opened ({error}); pip install 'maskbank[s3]' for s3://") from None
+    return system, path
+
+
+def read_location(location: Location) -> bytes:
+    """All bytes of a file; OSError where that fails."""
+    if isinstance(location, Path) or not is_remote(location):
+        return Path(location).read_bytes()
+    system, path = file_system(location)
+    data: bytes = system.cat_file(path)
+    return data
+
+
+def size_of(location: Location) -> int:
+    """Bytes of a file here, -1 where it is missing; 0 for one elsewhere, which is not asked."""
+    if is_remote(location):
+        return 0
+    try:
+        return Path(location).stat().st_size
+    except OSError:
+        return -1
