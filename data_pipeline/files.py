@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import IO, Any
 
 from data_pipeline.errors import InputError
 
+TEMPORARY = r"\.[0-9a-f]{12}\.tmp"  # what `atomic_write` appends, for those who clean up
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Yields a file that takes the place of `path` once the block ends, if it ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -47,7 +50,7 @@ def read_bytes(path: Path, what: str, remedy: str) -> bytes:
         raise InputError(f"{what} {path} cannot be read ({error.strerror}): {remedy}") from None
 
 
-def parse_json(data: bytes, path: Path, what: str, remedy: str) -> dict[str, Any]:
+def parse_json(data: bytes, path: Path | str, what: str, remedy: str) -> dict[str, Any]:
     """Parses the JSON object that was read from `path`.
 
     Raises:
@@ -79,8 +82,12 @@ def sync_directory(folder: Path) -> None:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, shared: bool = False) -> Iterator[None]:
     """Keeps other processes that ask for it out of `folder`; ends with the process, however.
+
+    Args:
+        folder: or a file.
+        shared: only those are kept out that do not share it.
 
     Raises:
         InputError: another process is writing there.
@@ -88,7 +95,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
                 f"another process is writing to {folder} at this moment; wait until it has ended, "

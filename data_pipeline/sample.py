@@ -27,7 +27,8 @@ MAX_PROPOSAL = 254
 MAX_PIXELS = 100_000_000  # beyond it an image is taken for a decompression bomb
 MAX_GREY_LEVELS = 64  # more distinct values than that in a mask are a soft map, not proposals
 
-MaskMode = Literal["auto", "binary", "ids"]
+MaskMode = Literal["auto", "binary", "ids", "components"]
+MASK_MODES = ("auto", "binary", "ids", "components")
 UInt8 = NDArray[np.uint8]
 
 _KEY = re.compile(r"[A-Za-z0-9_/-]{1,90}")
