@@ -1,0 +1,269 @@
+"""The end of a build: duplicates out, failures gathered, the manifest written last."""
+
+import json
+import sqlite3
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.build_record import BuildRecord, Generation
+from data_pipeline.errors import InputError
+from data_pipeline.files import encode_json, only_writer
+from data_pipeline.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
+from data_pipeline.sample import INFO
+from data_pipeline.shard_file import (
+    Marker,
+    ShardWriter,
+    read_components,
+    read_marker,
+    shard_entry,
+    shard_stem,
+    write_shard,
+)
+from data_pipeline.sources.item import Failure
+from data_pipeline.store import LocalStore, Store
+from data_pipeline.workers import run_tasks
+
+FAILURES = "failures.jsonl"
+DUPLICATE = "duplicate"  # stage of a failure
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A shard that loses duplicates: key -> key of the sample that stays."""
+
+    store: Store
+    number: int
+    duplicates: dict[str, str]
+
+
+def finish(
+    store: Store, record: BuildRecord, current: Generation, written: set[int], processes: int
+) -> Manifest | None:
+    """Completes the folder if all shards are there; `None` if some of other nodes are not.
+
+    Args:
+        store: the folder.
+        record: its generations.
+        current: the one that this run has written.
+        written: numbers of shards that this run has written or written again.
+        processes: workers.
+
+    Raises:
+        InputError: not one sample could be used.
+    """
+    numbers = [
+        number
+        for generation in record.generations
+        for number in range(generation.first_shard, generation.first_shard + generation.shards)
+    ]
+    if any(store.size(f"{shard_stem(number)}.json") < 0 for number in numbers):
+        return None
+    complete = record.finished == len(record.generations)
+    if complete and not written and store.size(FILE_NAME) >= 0:
+        return _read_back(store)
+    with _only_finisher(store) as chosen:
+        if not chosen:
+            return None
+        if current.configuration.get("duplicates") == "drop":
+            losses = list(_find_duplicates(store, numbers, current))
+            written |= set(run_tasks(_drop_duplicates, losses, min(processes, len(losses) or 1)))
+        entries, failures = [], 0
+        before = _entries_before(store, complete)
+        with store.writing(FAILURES) as file:
+            for number, generation in enumerate(record.generations):
+                for line in _unmatched(store, number):
+                    file.write(line)
+                    failures += 1
+                for shard in range(
+                    generation.first_shard, generation.first_shard + generation.shards
+                ):
+                    marker = _marker(store, shard)
+                    for failure in marker["failures"]:
+                        file.write(encode_json(failure) + b"\n")
+                    failures += len(marker["failures"])
+                    entry = shard_entry(store, shard, marker)
+                    if before is not None and shard not in written:
+                        entry = before.get(f"{shard_stem(shard)}.tar")  # as it was, in quarantine
+                    if entry is not None:
+                        entries.append(entry)
+        if not entries:
+            raise InputError(_nothing_left(store, record, failures))
+        return _write_manifest(store, record, tuple(entries), failures)
+
+
+def _write_manifest(
+    store: Store, record: BuildRecord, entries: tuple[ShardEntry, ...], failures: int
+) -> Manifest:
+    first, *others = record.generations
+    configuration = dict(first.configuration)
+    if others:
+        configuration["appended"] = [other.configuration for other in others]
+    root = store.root if isinstance(store, LocalStore) else Path(str(store))
+    manifest = Manifest(root, entries, tuple(first.classes), failures, configuration)
+    with store.writing(FILE_NAME) as file:
+        file.write(manifest.encode())
+    return manifest
+
+
+def _read_back(store: Store) -> Manifest:
+    return read_manifest(str(store))
+
+
+def _entries_before(store: Store, complete: bool) -> dict[str, ShardEntry] | None:
+    """Entries of the manifest that is there: some of their samples may be in quarantine."""
+    if not complete or store.size(FILE_NAME) < 0:
+        return None
+    if not isinstance(store, LocalStore):
+        return None
+    manifest = read_manifest(store.root, check_files=False)
+    return {entry.name: entry for entry in manifest.shards}
+
+
+def _marker(store: Store, number: int) -> Marker:
+    marker = read_marker(store, number)
+    if marker is None:
+        raise InputError(f"{store}/{shard_stem(number)}.json has vanished; run the command again")
+    return marker
+
+
+def _unmatched(store: Store, generation: int) -> Iterator[bytes]:
+    name = f"unmatched-{generation:03d}.jsonl"
+    if store.size(name) >= 0:
+        with store.open(name) as file:
+            yield from file
+
+
+def _nothing_left(store: Store, record: BuildRecord, failures: int) -> str:
+    """Frees the folder for another try, and says what was wrong."""
+    with store.open(FAILURES) as file:
+        first = file.readline()
+    for generation in record.generations:
+        for number in range(generation.first_shard, generation.first_shard + generation.shards):
+            store.remove(f"{shard_stem(number)}.json")
+    store.remove("build.json")
+    if not failures:
+        return f"there is no sample to write to {store}; check the source's folders and lists"
+    told = _failure(first)
+    return (
+        f"not one of {failures} samples could be used; the first, {told.source}: "
+        f"{told.stage}: {told.reason}. All are in {store}/{FAILURES}"
+    )
+
+
+def _failure(line: bytes) -> Failure:
+    return Failure(**json.loads(line))
+
+
+@contextmanager
+def _only_finisher(store: Store) -> Iterator[bool]:
+    """Whether no other node is finishing at this moment."""
+    if not isinstance(store, LocalStore):
+        yield True
+        return
+    lock = store.root / ".finish"
+    lock.touch()
+    try:
+        with only_writer(lock):
+            yield True
+    except InputError as error:
+        if "another process is writing" not in str(error):
+            raise
+        yield False
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- duplicates
+
+
+def _find_duplicates(store: Store, numbers: list[int], current: Generation) -> Iterator[_Loss]:
+    """What each shard of the current generation loses.
+
+    Of equal samples the one of the earliest generation stays, and in it the one of the first key.
+    Sizes and CRC-32 of image, mask and label tell which may be equal; their bytes decide.
+    """
+    losses: dict[int, dict[str, str]] = {}
+    with tempfile.NamedTemporaryFile(prefix="maskbank-samples-") as file:
+        with closing(sqlite3.connect(file.name)) as database:
+            database.executescript(
+                "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE;"
+                "CREATE TABLE sample (content BLOB, earlier INTEGER, key TEXT, shard INTEGER)"
+            )
+            for number in numbers:
+                rows = _contents(_marker(store, number), number, number < current.first_shard)
+                database.executemany("INSERT INTO sample VALUES (?, ?, ?, ?)", rows)
+            database.execute("CREATE INDEX by_content ON sample (content)")
+            same = database.execute(
+                "SELECT content, key, shard FROM sample WHERE content IN "
+                "(SELECT content FROM sample GROUP BY content HAVING count(*) > 1) "
+                "ORDER BY content, earlier DESC, key"
+            )
+            for _, group in groupby(same, key=lambda row: row[0]):
+                for key, shard, winner in _equal_ones(store, [row[1:] for row in group]):
+                    if shard >= current.first_shard:
+                        losses.setdefault(shard, {})[key] = winner
+    for number in sorted(losses):
+        yield _Loss(store, number, losses[number])
+
+
+def _contents(marker: Marker, number: int, earlier: bool) -> Iterator[tuple[bytes, int, str, int]]:
+    for sample in marker["samples"]:
+        content = b""
+        for name, (_, size, crc) in sorted(sample["components"].items()):
+            if name != INFO:
+                content += name.encode() + struct.pack("<QI", size, crc)
+        yield content, int(earlier), sample["key"], number
+
+
+def _equal_ones(
+    store: Store, candidates: list[tuple[str, int]]
+) -> Iterator[tuple[str, int, str]]:
+    """(key, shard, key of the first that is equal) of those (key, shard) that are not the first."""
+    firsts: list[tuple[str, dict[str, bytes]]] = []
+    for key, shard in candidates:
+        wanted = [each for each in _marker(store, shard)["samples"] if each["key"] == key]
+        _, components = next(read_components(store, shard, wanted))
+        data = {name: value for name, value in components.items() if name != INFO}
+        winner = next((name for name, other in firsts if other == data), None)
+        if winner is None:
+            firsts.append((key, data))
+        else:
+            yield key, shard, winner
+
+
+def _drop_duplicates(loss: _Loss) -> int:
+    """Writes a shard again without some of its samples; what stays is copied."""
+    marker = _marker(loss.store, loss.number)
+    stay = [sample for sample in marker["samples"] if sample["key"] not in loss.duplicates]
+    gone = [sample for sample in marker["samples"] if sample["key"] in loss.duplicates]
+    failures = [Failure(**failure) for failure in marker["failures"]]
+    failures += [
+        Failure(
+            sample["key"],
+            sample["source"],
+            DUPLICATE,
+            f"the same image, mask and label as {loss.duplicates[sample['key']]}",
+        )
+        for sample in gone
+    ]
+    failures.sort(key=lambda failure: (failure.stage == DUPLICATE, failure.key))
+
+    def copy(writer: ShardWriter) -> list[Failure]:
+        for sample, components in read_components(loss.store, loss.number, stay):
+            described: dict[str, Any] = {**sample}
+            described.pop("components")
+            writer.copy(described, components)
+        return failures
+
+    # without a marker first: killed in between, the shard is written anew from its source
+    loss.store.remove(f"{shard_stem(loss.number)}.json")
+    write_shard(loss.store, loss.number, marker["plan"], copy)
+    return loss.number
+
+

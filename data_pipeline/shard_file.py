@@ -1,0 +1,204 @@
+"""One shard: its archive, DALI's index of it, and the marker that says that it is complete.
+
+They are written in this order, each aside and then renamed; so a shard whose `.json` is there is
+whole, whatever happened to the process that wrote it.
+"""
+
+import hashlib
+import io
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import IO, Any
+
+from data_pipeline.files import encode_json, parse_json
+from data_pipeline.index import INDEX_VERSION
+from data_pipeline.manifest import ShardEntry
+from data_pipeline.sample import LABEL, MASK, PackedSample
+from data_pipeline.sources.item import Failure
+from data_pipeline.store import Store
+
+Marker = dict[str, Any]
+TAR_BLOCK = 512
+_REMEDY = "delete it and run the same command again"
+
+
+def shard_stem(number: int) -> str:
+    return f"shard-{number:06d}"
+
+
+class ShardWriter:
+    """Writes samples one after the other to an open file, as ustar without times or owners.
+
+    Attributes:
+        samples: what the marker says of each.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.samples: list[dict[str, Any]] = []
+        self._file = _HashingFile(file)
+        self._tar = tarfile.open(
+            fileobj=self._file,  # type: ignore[arg-type]
+            mode="w",
+            format=tarfile.USTAR_FORMAT,
+        )
+
+    def add(self, sample: PackedSample, source: str, source_bytes: tuple[int, ...]) -> None:
+        described = {
+            "key": sample.key,
+            "source": source,
+            "height": sample.height,
+            "width": sample.width,
+            "proposals": sample.proposals,
+            "source_bytes": list(source_bytes),
+        }
+        self.copy(described, sample.components)
+
+    def copy(self, described: dict[str, Any], components: dict[str, bytes]) -> None:
+        """Adds a sample that has been described before; only its place is new."""
+        extents = {}
+        for name, data in components.items():
+            info = tarfile.TarInfo(f"{described['key']}.{name}")
+            info.size, info.mode, info.mtime = len(data), 0o644, 0
+            extents[name] = [self._tar.offset + TAR_BLOCK, len(data), zlib.crc32(data)]
+            self._tar.addfile(info, io.BytesIO(data))
+        self.samples.append({**described, "components": extents})
+
+    def close(self) -> tuple[int, str]:
+        """Ends the archive; its bytes and SHA-256."""
+        self._tar.close()
+        return self._file.size, self._file.digest.hexdigest()
+
+
+def write_shard(
+    store: Store,
+    number: int,
+    fingerprint: str,
+    fill: Callable[[ShardWriter], list[Failure]],
+) -> Marker:
+    """Writes one shard and returns its marker; one without samples has a marker only.
+
+    Args:
+        store: where to.
+        number: of the shard.
+        fingerprint: of its plan, kept in the marker.
+        fill: adds the samples; returns what could not be added.
+    """
+    stem = shard_stem(number)
+    marker: Marker = {"version": INDEX_VERSION, "plan": fingerprint, "sha256": "", "bytes": 0}
+    try:
+        with store.writing(f"{stem}.tar") as file:
+            writer = ShardWriter(file)
+            failures = fill(writer)
+            if not writer.samples:
+                raise _NothingToWrite
+            marker["bytes"], marker["sha256"] = writer.close()
+    except _NothingToWrite:
+        store.remove(f"{stem}.tar")
+        store.remove(f"{stem}.idx")
+    else:
+        with store.writing(f"{stem}.idx") as file:
+            file.write(dali_index(writer.samples).encode())
+    marker["failures"] = [asdict(failure) for failure in failures]
+    marker["samples"] = writer.samples
+    with store.writing(f"{stem}.json") as file:
+        file.write(encode_json(marker) + b"\n")
+    return marker
+
+
+def read_marker(store: Store, number: int) -> Marker | None:
+    """The marker of a shard, `None` if it is not there.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    name = f"{shard_stem(number)}.json"
+    try:
+        with store.open(name) as file:
+            data = file.read()
+    except FileNotFoundError:
+        return None
+    return parse_json(data, f"{store}/{name}", "shard index", _REMEDY)
+
+
+def shard_entry(store: Store, number: int, marker: Marker) -> ShardEntry | None:
+    """What the manifest says of a shard; `None` for one without samples."""
+    samples = marker["samples"]
+    if not samples:
+        return None
+    return ShardEntry(
+        name=f"{shard_stem(number)}.tar",
+        samples=len(samples),
+        masks=sum(MASK in sample["components"] for sample in samples),
+        labels=sum(LABEL in sample["components"] for sample in samples),
+        bytes=marker["bytes"],
+        sha256=marker["sha256"],
+        index_sha256=hashlib.sha256(encode_json(marker) + b"\n").hexdigest(),
+    )
+
+
+def is_whole(store: Store, number: int, marker: Marker) -> bool:
+    """Whether the files that a marker speaks of are there, in its size."""
+    stem = shard_stem(number)
+    if not marker["samples"]:
+        return True
+    return store.size(f"{stem}.tar") == marker["bytes"] and store.size(f"{stem}.idx") >= 0
+
+
+def read_components(
+    store: Store, number: int, samples: Iterable[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+    """(description, component -> bytes) of samples of a shard, in the order given.
+
+    Raises:
+        OSError: the bytes are not those that the marker describes.
+    """
+    name = f"{shard_stem(number)}.tar"
+    with store.open(name) as file:
+        for sample in samples:
+            components = {}
+            for component, (offset, size, crc) in sample["components"].items():
+                file.seek(offset)
+                data = file.read(size)
+                if len(data) != size or zlib.crc32(data) != crc:
+                    raise OSError(
+                        f"{store}/{name}: {sample['key']}.{component} is damaged; "
+                        "delete that shard's files and run the same command again"
+                    )
+                components[component] = data
+            yield sample, components
+
+
+def dali_index(samples: list[dict[str, Any]]) -> str:
+    """wds2idx v1.2: a sample a line, `extension offset size filename` for each component."""
+    lines = [f"v1.2 {len(samples)}"]
+    for sample in samples:
+        lines.append(
+            " ".join(
+                f"{name} {extent[0]} {extent[1]} {sample['key']}.{name}"
+                for name, extent in sample["components"].items()
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+class _NothingToWrite(Exception):
+    """Leaves the file's context, so that it does not come to be."""
+
+
+class _HashingFile:
+    """Counts and hashes what passes through to a file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.size = 0
+        self.digest = hashlib.sha256()
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        self.size += len(data)
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.size
