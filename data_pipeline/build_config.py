@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_pipeline.errors import InputError
-from data_pipeline.sample import MASK_MODES, MaskMode
+from data_pipeline.mask_files import MASK_MODES, MaskMode
+from data_pipeline.sample import Policy
 
 DuplicateMode = Literal["drop", "keep"]
 _PREFIX = re.compile(r"[A-Za-z0-9_/-]{0,40}")
@@ -23,6 +24,7 @@ class BuildConfig:
         min_area: with `components`, smaller ones are background; share of the image.
         max_side: larger images are made smaller, to this many pixels; 0: none is.
         quality: of JPEGs that have to be encoded again.
+        lenient: takes JPEGs that a decoder warns about.
         limit: only so many samples, the first in shuffled order; 0: all.
         duplicates: what becomes of a sample with the image, mask and label of another one.
         key_prefix: put before every key.
@@ -35,6 +37,7 @@ class BuildConfig:
     min_area: float = 0.01
     max_side: int = 0
     quality: int = 95
+    lenient: bool = False
     limit: int = 0
     duplicates: DuplicateMode = "drop"
     key_prefix: str = ""
@@ -60,6 +63,10 @@ class BuildConfig:
             raise InputError(
                 f"--key-prefix is {self.key_prefix!r}; up to 40 letters, digits, _, - and /"
             )
+
+    def policy(self) -> Policy:
+        """What of it concerns a single sample."""
+        return Policy(self.mask_mode, self.min_area, self.max_side, self.quality, self.lenient)
 
 
 @dataclass(frozen=True)

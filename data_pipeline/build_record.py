@@ -99,9 +99,10 @@ class BuildRecord:
         if self.generations and not plan.samples:
             self.number -= 1  # nothing to append: the last one is finished once more
             return self.generations[-1]
-        with self.store.writing(f"unmatched-{self.number:03d}.jsonl") as file:
-            for failure in plan.unmatched_failures():
-                file.write(encode_json(asdict(failure)) + b"\n")
+        if plan.unmatched:
+            with self.store.writing(f"unmatched-{self.number:03d}.jsonl") as file:
+                for failure in plan.unmatched_failures():
+                    file.write(encode_json(asdict(failure)) + b"\n")
         self.generations.append(generation)
         self._write()
         return generation
@@ -163,9 +164,7 @@ class BuildRecord:
             file.write(encode_json(value, indent=1) + b"\n")
 
 
-def open_record(
-    store: Store, configuration: dict[str, Any], options: BuildOptions
-) -> BuildRecord:
+def open_record(store: Store, configuration: dict[str, Any], options: BuildOptions) -> BuildRecord:
     """Reads what a folder was built from; one without any must be empty.
 
     Raises:

@@ -189,25 +189,27 @@ def _find_duplicates(store: Store, numbers: list[int], current: Generation) -> I
     Sizes and CRC-32 of image, mask and label tell which may be equal; their bytes decide.
     """
     losses: dict[int, dict[str, str]] = {}
-    with tempfile.NamedTemporaryFile(prefix="maskbank-samples-") as file:
-        with closing(sqlite3.connect(file.name)) as database:
-            database.executescript(
-                "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE;"
-                "CREATE TABLE sample (content BLOB, earlier INTEGER, key TEXT, shard INTEGER)"
-            )
-            for number in numbers:
-                rows = _contents(_marker(store, number), number, number < current.first_shard)
-                database.executemany("INSERT INTO sample VALUES (?, ?, ?, ?)", rows)
-            database.execute("CREATE INDEX by_content ON sample (content)")
-            same = database.execute(
-                "SELECT content, key, shard FROM sample WHERE content IN "
-                "(SELECT content FROM sample GROUP BY content HAVING count(*) > 1) "
-                "ORDER BY content, earlier DESC, key"
-            )
-            for _, group in groupby(same, key=lambda row: row[0]):
-                for key, shard, winner in _equal_ones(store, [row[1:] for row in group]):
-                    if shard >= current.first_shard:
-                        losses.setdefault(shard, {})[key] = winner
+    with (
+        tempfile.NamedTemporaryFile(prefix="maskbank-samples-") as file,
+        closing(sqlite3.connect(file.name)) as database,
+    ):
+        database.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE;"
+            "CREATE TABLE sample (content BLOB, earlier INTEGER, key TEXT, shard INTEGER)"
+        )
+        for number in numbers:
+            rows = _contents(_marker(store, number), number, number < current.first_shard)
+            database.executemany("INSERT INTO sample VALUES (?, ?, ?, ?)", rows)
+        database.execute("CREATE INDEX by_content ON sample (content)")
+        same = database.execute(
+            "SELECT content, key, shard FROM sample WHERE content IN "
+            "(SELECT content FROM sample GROUP BY content HAVING count(*) > 1) "
+            "ORDER BY content, earlier DESC, key"
+        )
+        for _, group in groupby(same, key=lambda row: row[0]):
+            for key, shard, winner in _equal_ones(store, [row[1:] for row in group]):
+                if shard >= current.first_shard:
+                    losses.setdefault(shard, {})[key] = winner
     for number in sorted(losses):
         yield _Loss(store, number, losses[number])
 
@@ -221,9 +223,7 @@ def _contents(marker: Marker, number: int, earlier: bool) -> Iterator[tuple[byte
         yield content, int(earlier), sample["key"], number
 
 
-def _equal_ones(
-    store: Store, candidates: list[tuple[str, int]]
-) -> Iterator[tuple[str, int, str]]:
+def _equal_ones(store: Store, candidates: list[tuple[str, int]]) -> Iterator[tuple[str, int, str]]:
     """(key, shard, key of the first that is equal) of those (key, shard) that are not the first."""
     firsts: list[tuple[str, dict[str, bytes]]] = []
     for key, shard in candidates:
@@ -265,5 +265,3 @@ def _drop_duplicates(loss: _Loss) -> int:
     loss.store.remove(f"{shard_stem(loss.number)}.json")
     write_shard(loss.store, loss.number, marker["plan"], copy)
     return loss.number
-
-

@@ -27,7 +27,7 @@ _CACHE_KIB = 16384
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """One shard to be: its number, how many samples it is to hold, and what tells it from others."""
+    """One shard to be: its number, planned samples, and what tells it from others."""
 
     number: int
     samples: int

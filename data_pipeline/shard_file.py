@@ -5,7 +5,6 @@ whole, whatever happened to the process that wrote it.
 """
 
 import hashlib
-import io
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,6 @@ from data_pipeline.sources.item import Failure
 from data_pipeline.store import Store
 
 Marker = dict[str, Any]
-TAR_BLOCK = 512
 _REMEDY = "delete it and run the same command again"
 
 
@@ -38,11 +36,6 @@ class ShardWriter:
     def __init__(self, file: IO[bytes]) -> None:
         self.samples: list[dict[str, Any]] = []
         self._file = _HashingFile(file)
-        self._tar = tarfile.open(
-            fileobj=self._file,  # type: ignore[arg-type]
-            mode="w",
-            format=tarfile.USTAR_FORMAT,
-        )
 
     def add(self, sample: PackedSample, source: str, source_bytes: tuple[int, ...]) -> None:
         described = {
@@ -61,13 +54,15 @@ class ShardWriter:
         for name, data in components.items():
             info = tarfile.TarInfo(f"{described['key']}.{name}")
             info.size, info.mode, info.mtime = len(data), 0o644, 0
-            extents[name] = [self._tar.offset + TAR_BLOCK, len(data), zlib.crc32(data)]
-            self._tar.addfile(info, io.BytesIO(data))
+            header = info.tobuf(tarfile.USTAR_FORMAT)
+            extents[name] = [self._file.size + len(header), len(data), zlib.crc32(data)]
+            self._file.write(header + data + bytes(-len(data) % tarfile.BLOCKSIZE))
         self.samples.append({**described, "components": extents})
 
     def close(self) -> tuple[int, str]:
         """Ends the archive; its bytes and SHA-256."""
-        self._tar.close()
+        end = 2 * tarfile.BLOCKSIZE
+        self._file.write(bytes(end + -(self._file.size + end) % tarfile.RECORDSIZE))
         return self._file.size, self._file.digest.hexdigest()
 
 
@@ -195,10 +190,7 @@ class _HashingFile:
         self.digest = hashlib.sha256()
         self._file = file
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes) -> None:
         self.size += len(data)
         self.digest.update(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self.size
+        self._file.write(data)

@@ -1,4 +1,4 @@
-"""Files here and elsewhere: a `Path`, or an address such as `s3://bucket/name` that fsspec reads."""
+"""Files here and elsewhere: a `Path`, or an address such as `s3://bucket/name`, by fsspec."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ def file_system(location: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(location)
     except (ImportError, ValueError) as error:
-        raise InputError(f"{location} cannot be opened ({error}); pip install 'maskbank[s3]' for s3://") from None
+        raise InputError(
+            f"{location} cannot be opened ({error}); pip install 'maskbank[s3]' for s3://"
+        ) from None
     return system, path
 
 

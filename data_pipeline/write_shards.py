@@ -146,7 +146,7 @@ def _only_builder(store: Store, options: BuildOptions) -> Iterator[None]:
 
 
 def _is_ours(name: str, options: BuildOptions) -> bool:
-    """Whether a file is one that only this node writes, besides those that whoever finishes does."""
+    """Whether a file is one that no other node writes."""
     if options.num_nodes == 1:
         return True
     number = name.removeprefix("shard-").partition(".")[0]
@@ -270,12 +270,12 @@ def _pack_all(
     add: Callable[[PackedSample, str, tuple[int, ...]], None],
 ) -> list[Failure]:
     """Packs samples one by one; returns those that cannot be used."""
-    failures = []
+    failures, policy = [], task.config.policy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about metadata that is not taken along
         for key, item in items:
             try:
-                sample = pack_sample(key, item.source, item.read(), task.config, task.num_classes)
+                sample = pack_sample(key, item.source, item.read(), policy, task.num_classes)
             except SampleError as error:
                 failures.append(Failure(key, item.source, error.stage, error.reason))
                 _check_roots(task.roots)

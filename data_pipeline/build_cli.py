@@ -1,0 +1,276 @@
+"""What all `maskbank shards build …` commands share: options, progress, the table at the end."""
+
+import functools
+import inspect
+import logging
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from data_pipeline.build_config import (
+    BuildConfig,
+    BuildOptions,
+    parse_max_failures,
+    parse_size,
+)
+from data_pipeline.dry_run import Estimate, estimate
+from data_pipeline.finish_build import FAILURES
+from data_pipeline.manifest import Manifest
+from data_pipeline.plan import Plan
+from data_pipeline.sources.item import Listing
+from data_pipeline.storage import as_location
+from data_pipeline.store import open_store
+from data_pipeline.write_shards import build_shards, failure_counts
+
+console = Console(stderr=True)
+_WHAT, _HOW, _WHERE = "What goes in", "How it is built", "Where and by whom"
+
+
+class Interrupted(Exception):
+    """Ctrl-C during a build, after everything has been put in order."""
+
+
+def shared_options(
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder or s3:// address of the shards: new, or of this very build.",
+            rich_help_panel=_WHERE,
+        ),
+    ],
+    samples_per_shard: Annotated[
+        int, typer.Option(help="Samples a shard, at the most.", rich_help_panel=_HOW)
+    ] = 1000,
+    shard_size: Annotated[
+        str,
+        typer.Option(help="Source bytes a shard, as 500MB or 1GiB.", rich_help_panel=_HOW),
+    ] = "",
+    mask_mode: Annotated[
+        str,
+        typer.Option(
+            help="How mask values are read: auto, binary (half and above), ids, components "
+            "(every connected part is a proposal).",
+            rich_help_panel=_WHAT,
+        ),
+    ] = "auto",
+    min_area: Annotated[
+        float,
+        typer.Option(help="Smallest component, share of the image.", rich_help_panel=_WHAT),
+    ] = 0.01,
+    max_side: Annotated[
+        int,
+        typer.Option(help="Make larger images smaller, to these pixels.", rich_help_panel=_HOW),
+    ] = 0,
+    quality: Annotated[
+        int,
+        typer.Option(help="Of JPEGs that must be encoded again.", rich_help_panel=_HOW),
+    ] = 95,
+    lenient: Annotated[
+        bool,
+        typer.Option(
+            "--lenient", help="Take JPEGs that a decoder warns about.", rich_help_panel=_WHAT
+        ),
+    ] = False,
+    limit: Annotated[
+        int, typer.Option(help="Only so many samples, in shuffled order.", rich_help_panel=_WHAT)
+    ] = 0,
+    duplicates: Annotated[
+        str,
+        typer.Option(
+            help="Samples with image, mask and label of another: drop or keep.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = "drop",
+    key_prefix: Annotated[
+        str, typer.Option(help="Put before every key.", rich_help_panel=_WHAT)
+    ] = "",
+    shuffle_seed: Annotated[
+        int,
+        typer.Option(help="Of the shuffle over all shards; -1: key order.", rich_help_panel=_HOW),
+    ] = 0,
+    processes: Annotated[
+        int,
+        typer.Option("--processes", "-p", min=1, help="Workers.", rich_help_panel=_WHERE),
+    ] = 2,
+    node_rank: Annotated[
+        int, typer.Option(help="Which node this is, from 0.", rich_help_panel=_WHERE)
+    ] = 0,
+    num_nodes: Annotated[
+        int, typer.Option(help="Nodes that build together.", rich_help_panel=_WHERE)
+    ] = 1,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="Add to a finished set what is new.", rich_help_panel=_HOW),
+    ] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Try again what failed.", rich_help_panel=_HOW),
+    ] = False,
+    max_failures: Annotated[
+        str,
+        typer.Option(help="End the build beyond so many, as 100 or 5%.", rich_help_panel=_HOW),
+    ] = "",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only say what would be built, and how long.", rich_help_panel=_HOW
+        ),
+    ] = False,
+) -> None:
+    """The options of every build; never called."""
+
+
+def build_command(app: typer.Typer) -> Callable[[Callable[..., Listing]], Callable[..., None]]:
+    """Makes a command of a function that returns a listing: its own options, then all shared ones.
+
+    The listing's `description` holds what of its options decides the content.
+    """
+
+    def decorate(list_source: Callable[..., Listing]) -> Callable[..., None]:
+        own = inspect.signature(list_source).parameters
+        shared = inspect.signature(shared_options).parameters
+
+        @functools.wraps(list_source)
+        def command(**arguments: Any) -> None:
+            given = {name: arguments.pop(name) for name in shared}
+            listing = list_source(**arguments)
+            _build(listing, **given)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [each.replace(kind=keyword) for each in [*own.values(), *shared.values()]]
+        )
+        command.__annotations__ = {
+            each.name: each.annotation for each in [*own.values(), *shared.values()]
+        }
+        app.command()(command)
+        return command
+
+    return decorate
+
+
+def _build(
+    listing: Listing,
+    *,
+    output: str,
+    shard_size: str,
+    processes: int,
+    node_rank: int,
+    num_nodes: int,
+    append: bool,
+    retry_failed: bool,
+    max_failures: str,
+    dry_run: bool,
+    **given: Any,
+) -> None:
+    config = BuildConfig(shard_size=parse_size(shard_size), **given)
+    options = BuildOptions(
+        processes, node_rank, num_nodes, append, retry_failed, parse_max_failures(max_failures)
+    )
+    if dry_run:
+        _show_estimate(estimate(listing, config, processes * num_nodes))
+        return
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    start = time.monotonic()
+    with Progress(
+        TextColumn("building"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples · {task.fields[failed]} failed"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,  # the table at the end says the same, and an error stands alone
+        disable=not console.is_terminal,
+    ) as bar:
+        try:
+            manifest = build_shards(
+                listing, as_location(output), config, options, lambda plan: _advance(bar, plan)
+            )
+        except KeyboardInterrupt:  # the framework would print a bare "Aborted"
+            raise Interrupted from None
+    if manifest is None:
+        console.print(
+            f"node {node_rank} of {num_nodes} is done; the manifest is written by the node that "
+            "is done last. Should it be missing in the end, run this command once more",
+            soft_wrap=True,
+        )
+    else:
+        _summary(manifest, output, time.monotonic() - start)
+
+
+def _advance(bar: Progress, plan: Plan) -> Callable[[int, int], None]:
+    """Shows what is done, as a bar on a terminal and in tenths elsewhere."""
+    total, done, failed = plan.samples, 0, plan.unmatched
+    task = bar.add_task("", total=total, failed=failed)
+    if plan.passed_over:
+        console.print(
+            f"{plan.passed_over:,} samples are passed over, as their keys are in the set already; "
+            "if they are others, --key-prefix gives them keys of their own",
+            soft_wrap=True,
+        )
+
+    def advance(more: int, failures: int) -> None:
+        nonlocal done, failed
+        before, done, failed = done, done + more, failed + failures
+        bar.update(task, completed=done, failed=failed)
+        if more and not console.is_terminal and 10 * before // total < 10 * done // total:
+            print(f"building: {done:,} of {total:,} samples, {failed:,} failed", file=sys.stderr)
+
+    return advance
+
+
+def _show_estimate(found: Estimate) -> None:
+    table = Table(show_header=False, title="would be built", title_justify="left")
+    table.add_row("samples", f"{found.samples:,}")
+    table.add_row("shards", f"{found.shards:,}")
+    table.add_row("not matched", f"{found.unmatched:,}")
+    table.add_row("size, about", f"{found.bytes / 2**20:,.1f} MiB")
+    table.add_row("time, about", f"{found.seconds:,.0f} s with {found.processes} processes")
+    tried = f"{found.tried:,}, of which {found.failed:,} cannot be used"
+    table.add_row("estimated from", tried)
+    console.print(table)
+    for failure in found.examples:
+        text = f"  {failure.source}: {failure.stage}: {failure.reason}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _summary(manifest: Manifest, output: str, seconds: float) -> None:
+    console.print(Text(output), soft_wrap=True)  # a title would break at the table
+    table = Table(show_header=False)
+    table.add_row("samples", f"{manifest.samples:,}")
+    for name in ("masks", "labels"):
+        count = sum(getattr(shard, name) for shard in manifest.shards)
+        table.add_row(f"with {name}", f"{count:,}")
+    table.add_row("classes", f"{len(manifest.classes):,}")
+    table.add_row("shards", f"{len(manifest.shards):,}")
+    table.add_row("size", f"{manifest.bytes / 2**20:,.1f} MiB")
+    table.add_row("time", f"{seconds:.1f} s")
+    if manifest.failures:
+        where = Text(f"{manifest.failures:,}: see {output}/{FAILURES}", overflow="fold")
+        table.add_row("[red]failed[/]", where)
+    console.print(table)
+    if manifest.failures:
+        with open_store(output).open(FAILURES) as file:
+            counts = failure_counts(file)
+        for reason, count in islice(counts.items(), 10):
+            console.print(f"  {count:>7,}  {reason}", markup=False, highlight=False, soft_wrap=True)
+        if any(not reason.startswith("duplicate") for reason in counts):
+            console.print("Mend them and run the same command with --retry-failed.")
