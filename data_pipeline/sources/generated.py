@@ -51,6 +51,6 @@ def list_scenes(count: int, seed: int, base_size: int) -> Listing:
             f"scenes: count {count}, size {base_size}, seed {seed}; need a count of at least 1, "
             f"a size of 16 to {MAX_SIZE} and a seed of 0 to 2^64 - 1"
         )
-    items = [SceneItem(seed, index, base_size) for index in range(count)]
+    entries = (SceneItem(seed, index, base_size) for index in range(count))
     description = {"source": "scenes", "seed": str(seed), "size": str(base_size)}
-    return Listing(items, (), CLASSES, description)
+    return Listing(entries, CLASSES, description)

@@ -8,16 +8,12 @@
 | `sets/SPLIT.txt` | `ImageSets/Segmentation/SPLIT.txt` |
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.errors import InputError
-from data_pipeline.sources.item import (
-    Failure,
-    FileItem,
-    Listing,
-    read_class_names,
-    unique_keys,
-)
+from data_pipeline.sources.item import Failure, FileItem, Listing, read_class_names
+from data_pipeline.sources.name_list import read_names
 
 VOC_CLASSES = (
     "background",
@@ -47,22 +43,6 @@ def list_voc(root: Path, split: str, masks: str | None = None, labels: bool = Tr
     names = _read_list(_first(root, _SETS, "split lists"), split)
     mask_folder = None if masks is None else _mask_folder(root, masks)
     label_folder = _first(root, _LABELS, "labels") if labels else None
-    items, failures = [], []
-    for name in dict.fromkeys(names):  # a name that is listed twice is still one sample
-        image = images / f"{name}.jpg"
-        wanted = {
-            "image": image,
-            "mask": mask_folder and mask_folder / f"{name}.png",
-            "label": label_folder and label_folder / f"{name}.png",
-        }
-        missing = [kind for kind, path in wanted.items() if path and not path.is_file()]
-        source = f"{images.name}/{name}.jpg"
-        if missing:
-            reason = f"no {missing[0]}: {wanted[missing[0]]} is missing"
-            failures.append(Failure(name, source, "match", reason))
-        else:
-            items.append(FileItem(name, source, image, wanted["mask"], wanted["label"]))
-    unique, duplicates = unique_keys(items)
     description = {
         "source": "voc",
         "root": str(root),
@@ -71,7 +51,25 @@ def list_voc(root: Path, split: str, masks: str | None = None, labels: bool = Tr
         "labels": label_folder.name if label_folder else "",
     }
     classes = _classes(root) if labels else ()
-    return Listing(unique, [*failures, *duplicates], classes, description)
+    roots = tuple(folder for folder in (images, mask_folder, label_folder) if folder is not None)
+    return Listing(_entries(names, images, mask_folder, label_folder), classes, description, roots)
+
+
+def _entries(
+    names: list[str], images: Path, masks: Path | None, labels: Path | None
+) -> Iterator[FileItem | Failure]:
+    for name in dict.fromkeys(names):  # a name that is listed twice is still one sample
+        image = images / f"{name}.jpg"
+        mask = None if masks is None else masks / f"{name}.png"
+        label = None if labels is None else labels / f"{name}.png"
+        wanted = {"image": image, "mask": mask, "label": label}
+        missing = [kind for kind, path in wanted.items() if path and not path.is_file()]
+        source = f"{images.name}/{name}.jpg"
+        if missing:
+            reason = f"no {missing[0]}: {wanted[missing[0]]} is missing"
+            yield Failure(name, source, "match", reason)
+        else:
+            yield FileItem(name, source, image, mask, label)
 
 
 def _tree(root: Path) -> Path:
@@ -108,15 +106,7 @@ def _read_list(folder: Path, split: str) -> list[str]:
     if "/" in split or not file.is_file():
         present = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none is there"
         raise InputError(f"no split {split!r} in {folder}; --split can be one of: {present}")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); mend its rights") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8 text; expected one image name a line") from None
-    names = [line.split()[0] for line in lines if line.strip()]
-    if not names:
-        raise InputError(f"{file} is empty; it should hold one image name a line")
+    names = [line.split()[0] for line in read_names(file, "one image name a line")]
     wrong = [name for name in names if "/" in name or "\\" in name or name.startswith(".")]
     if wrong:
         raise InputError(
