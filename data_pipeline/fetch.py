@@ -15,7 +15,9 @@ from data_pipeline.reader import SampleReader
 from data_pipeline.sample import IGNORE, MASK, UInt8, decode_grey
 from data_pipeline.views import View, ViewConfig, choose_window, draw_views
 
-MAX_SUBSTITUTES = 16
+# where nine of ten samples are bad, one position in 10^12 finds nobody; a failed try costs little
+MAX_SUBSTITUTES = 256
+MAX_REPORTED = 1000  # kinds of failures logged one by one
 log = logging.getLogger(__name__)
 
 
@@ -95,7 +97,8 @@ class Fetcher:
                 self._report(error, attempt)
         raise InputError(
             f"position {position}: {first_error}, and {MAX_SUBSTITUTES} substitutes failed too; "
-            f"check the shards in {self.reader.index.manifest.root}"
+            "check the shards with `maskbank shards verify "
+            f"{self.reader.index.manifest.root}`"
         )
 
     def _places(self, position: int, shard: int, sample: int) -> Iterator[tuple[int, int]]:
@@ -104,7 +107,10 @@ class Fetcher:
             yield self.order.substitute(position, attempt)
 
     def _load(self, position: int, shard: int, sample: int) -> FetchedSample:
-        name = self.reader.describe(shard, sample)
+        try:
+            name = self.reader.describe(shard, sample)
+        except InputError as error:  # no index: nothing of the shard can be found
+            raise SampleError("index", str(error)) from None
         raw = self.reader.read(shard, sample)
         if raw.mask is None:
             raise SampleError("mask", f"{name} has no mask")
@@ -133,7 +139,11 @@ class Fetcher:
     def _report(self, error: SampleError, attempt: int) -> None:
         with self._lock:
             self.bad_samples += 1
-            known = error.reason in self._reported
-            self._reported.add(error.reason)
-        if not known:
+            known = error.reason in self._reported or len(self._reported) > MAX_REPORTED
+            last = not known and len(self._reported) == MAX_REPORTED
+            if not known:
+                self._reported.add(error.reason)
+        if last:
+            log.warning("more than %d kinds of bad samples: no more are named", MAX_REPORTED)
+        elif not known:
             log.warning("bad sample replaced: %s (attempt %d)", error, attempt)

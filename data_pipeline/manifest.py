@@ -1,5 +1,7 @@
 """`manifest.json`: which shards a data set has, their counts, sizes and checksums."""
 
+import hashlib
+import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,12 +15,25 @@ VERSION = 1
 FILE_NAME = "manifest.json"
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
+_INDEX_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.json")
 _REMEDY = "copy it here again or build the shards again"
+_BLOCK = 1 << 20
+Data = bytes  # in `Manifest`, that name is a count
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard: tar name, samples, samples with a mask and a label, bytes, and checksums."""
+    """One shard of a data set.
+
+    Attributes:
+        name: of the tar.
+        samples, masks, labels: how many samples, and how many of them have a mask and a label.
+        bytes, sha256: of the tar.
+        index_sha256: of the index.
+        index: file name of the index, that of the tar with `.json` unless samples were
+            quarantined.
+        quarantined: samples of the tar that the index leaves out.
+    """
 
     name: str
     samples: int
@@ -27,6 +42,24 @@ class ShardEntry:
     bytes: int
     sha256: str
     index_sha256: str
+    index: str = ""
+    quarantined: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.index:  # frozen, hence this way
+            object.__setattr__(self, "index", self.stem + ".json")
+
+    @property
+    def stem(self) -> str:
+        return self.name.removesuffix(".tar")
+
+
+@dataclass(frozen=True)
+class DroppedShard:
+    """A shard that was quarantined as a whole: what it was, and its place among all shards."""
+
+    place: int
+    entry: ShardEntry
 
 
 @dataclass(frozen=True)
@@ -38,6 +71,7 @@ class Manifest:
     classes: tuple[str, ...]
     failures: int
     configuration: dict[str, Any]
+    dropped: tuple[DroppedShard, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -47,9 +81,9 @@ class Manifest:
     def bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 
-    def encode(self) -> bytes:
-        """The bytes of `manifest.json`."""
-        value = {
+    def encode(self) -> Data:
+        """The file's bytes: JSON with a checksum over everything else in it."""
+        value: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "samples": self.samples,
@@ -59,6 +93,9 @@ class Manifest:
             "configuration": self.configuration,
             "shards": [asdict(shard) for shard in self.shards],
         }
+        if self.dropped:
+            value["dropped"] = [asdict(shard) for shard in self.dropped]
+        value["sha256"] = _checksum(value)
         return encode_json(value, indent=1) + b"\n"
 
     def write(self) -> None:
@@ -69,7 +106,10 @@ class Manifest:
 def read_manifest(root: Path | str, check_files: bool = True) -> Manifest:
     """Reads and checks the manifest of a folder of shards.
 
-    Every shard must be there in the size that the manifest says; contents are checked on reading.
+    Args:
+        root: the folder.
+        check_files: every shard must be there in the size that the manifest says; without it they
+            are not looked at (see `missing_shards`). Contents are checked on reading.
 
     Raises:
         InputError: no manifest, one of another program or version, or shards that do not fit it.
@@ -87,26 +127,55 @@ def read_manifest(root: Path | str, check_files: bool = True) -> Manifest:
             f"{path} is of format {value.get('format')!r} version {value.get('version')!r}; "
             f"this maskbank reads {FORMAT!r} version {VERSION}: build the shards again"
         )
+    if "sha256" in value and value["sha256"] != _checksum(value):
+        raise InputError(f"{path} is damaged or was edited: its checksum differs; {_REMEDY}")
     try:
-        manifest = Manifest(
-            root,
-            tuple(_shard_entry(shard) for shard in value["shards"]),
-            tuple(str(name) for name in value["classes"]),
-            int(value["failures"]),
-            dict(value["configuration"]),
-        )
+        manifest = _parse(root, value)
     except KeyError as error:
         raise InputError(f"{path} is damaged: it lacks {error}; {_REMEDY}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path} is damaged: {error}; {_REMEDY}") from None
-    names = [shard.name for shard in manifest.shards]
-    if len(set(names)) < len(names):
-        raise InputError(f"{path} is damaged: it lists one shard twice; {_REMEDY}")
     for shard in manifest.shards if check_files else ():
         _check_shard(root, shard)
     if manifest.samples == 0:
         raise InputError(f"{path} lists no sample; build the shards again")
     return manifest
+
+
+def missing_shards(manifest: Manifest) -> str | None:
+    """What to tell of shards that are missing or of another size; `None` where all are there.
+
+    Raises:
+        InputError: not one shard is there.
+    """
+    missing = changed = 0
+    for shard in manifest.shards:
+        try:
+            changed += (manifest.root / shard.name).stat().st_size != shard.bytes
+        except OSError:
+            missing += 1
+    total = len(manifest.shards)
+    if missing == total:
+        raise InputError(
+            f"not one of the {total:,} shards that the manifest lists is in {manifest.root}; "
+            "copy them here again or build the shards again"
+        )
+    if not missing and not changed:
+        return None
+    return (
+        f"of {total:,} shards in {manifest.root} {missing:,} are missing and {changed:,} have "
+        "another size than the manifest says; samples that cannot be read are replaced by others: "
+        f"run `maskbank shards verify {manifest.root}`"
+    )
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hex; holds one block of it at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def require_component(manifest: Manifest, component: str, purpose: str) -> None:
@@ -121,6 +190,32 @@ def require_component(manifest: Manifest, component: str, purpose: str) -> None:
             )
 
 
+def _checksum(value: dict[str, Any]) -> str:
+    """SHA-256 over everything but the checksum itself, however the file is indented."""
+    rest = {key: part for key, part in value.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _parse(root: Path, value: dict[str, Any]) -> Manifest:
+    """Raises KeyError, TypeError or ValueError for a value that is missing or of the wrong kind."""
+    manifest = Manifest(
+        root,
+        tuple(_shard_entry(shard) for shard in value["shards"]),
+        tuple(str(name) for name in value["classes"]),
+        int(value["failures"]),
+        dict(value["configuration"]),
+        tuple(
+            DroppedShard(int(shard["place"]), _shard_entry(shard["entry"]))
+            for shard in value.get("dropped", ())
+        ),
+    )
+    entries = [*manifest.shards, *(shard.entry for shard in manifest.dropped)]
+    for names in ([entry.name for entry in entries], [entry.index for entry in entries]):
+        if len(set(names)) < len(names):
+            raise ValueError("it lists one shard twice")
+    return manifest
+
+
 def _shard_entry(value: dict[str, Any]) -> ShardEntry:
     """Raises TypeError or ValueError for a value of the wrong kind."""
     entry = ShardEntry(**value)
@@ -130,6 +225,8 @@ def _shard_entry(value: dict[str, Any]) -> ShardEntry:
             raise ValueError(f"shard {entry.name!r} has {field.name} {found!r}")
     if not _SHARD_NAME.fullmatch(entry.name):  # also keeps the name inside the folder
         raise ValueError(f"it names the shard {entry.name!r}, expected NAME.tar")
+    if not _INDEX_NAME.fullmatch(entry.index) or entry.index == FILE_NAME:
+        raise ValueError(f"it names the index {entry.index!r}, expected NAME.json")
     return entry
 
 

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from data_pipeline.errors import SampleError
 from data_pipeline.index import DatasetIndex
-from data_pipeline.sample import LABEL, MASK, RawSample
+from data_pipeline.sample import LABEL, MASK, StoredSample
 
 _OPEN_FILES_PER_THREAD = 32
 
@@ -22,20 +22,21 @@ class SampleReader:
         self.index = index
         self._local = threading.local()  # descriptors belong to one thread: no closing under a read
 
-    def read(self, shard: int, sample: int, label: bool = False) -> RawSample:
+    def read(self, shard: int, sample: int, label: bool = False) -> StoredSample:
         """Image, mask (where there is one) and, if asked for, label of one sample.
 
         Raises:
             SampleError: a component cannot be read in full or fails its checksum.
+            InputError: the shard's index cannot be used.
         """
         image = self._component(shard, sample, "image")
         if image is None:
             raise SampleError("read", f"{self.describe(shard, sample)} has no image")
         mask = self._component(shard, sample, MASK)
-        return RawSample(image, mask, self._component(shard, sample, LABEL) if label else None)
+        return StoredSample(image, mask, self._component(shard, sample, LABEL) if label else None)
 
     def describe(self, shard: int, sample: int) -> str:
-        """Shard file and key of a sample, for messages."""
+        """Shard file and key of a sample, for messages; InputError without its index."""
         name = self.index.manifest.shards[shard].name
         return f"{name}:{self.index.shard(shard).keys[sample]}"
 
@@ -76,7 +77,8 @@ class _File:
     """A descriptor that is closed with its owner, also when the thread ends."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # not blocking: a pipe in the place of a shard is then an error instead of a wait
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def __del__(self) -> None:
         descriptor = getattr(self, "descriptor", None)

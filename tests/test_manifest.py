@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from data_pipeline.errors import InputError
 from data_pipeline.index import DatasetIndex
-from data_pipeline.manifest import Manifest, read_manifest
+from data_pipeline.manifest import DroppedShard, Manifest, missing_shards, read_manifest
 from tests.sample_data import build_scene_shards
 
 COUNT, SHARD = 24, 6
@@ -34,14 +35,20 @@ def manifest(pristine: Path, tmp_path: Path) -> Manifest:
 # ---------------------------------------------------------------- the manifest
 
 
+def write_without_checksum(path: Path, value: dict[str, Any]) -> None:
+    """As a manifest without one, so that what was changed is looked at."""
+    value.pop("sha256", None)
+    path.write_text(json.dumps(value))
+
+
 def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_without_checksum(path, json.loads(path.read_text()) | changes)
 
 
 def edit_shard(manifest: Manifest, number: int, **changes: Any) -> None:
     value = json.loads((manifest.root / "manifest.json").read_text())
     value["shards"][number] |= changes
-    (manifest.root / "manifest.json").write_text(json.dumps(value))
+    write_without_checksum(manifest.root / "manifest.json", value)
 
 
 def refused(root: Path) -> str:
@@ -54,6 +61,62 @@ def test_the_manifest_is_read_back_whole(manifest: Manifest) -> None:
     again = read_manifest(str(manifest.root))
     assert again == manifest
     assert (again.samples, len(again.classes)) == (COUNT, 11)
+
+
+def test_a_manifest_of_before_checksums_and_quarantine_is_read(manifest: Manifest) -> None:
+    path = manifest.root / "manifest.json"
+    value = json.loads(path.read_text())
+    for shard in value["shards"]:
+        assert shard.pop("index") == shard["name"].replace(".tar", ".json")
+        assert shard.pop("quarantined") == 0
+    write_without_checksum(path, value)
+    assert read_manifest(manifest.root) == manifest
+
+
+@pytest.mark.parametrize("changed", [("samples", 25), ("classes", ["background"]), ("extra", 1)])
+def test_an_edited_manifest_fails_its_checksum(
+    manifest: Manifest, changed: tuple[str, Any]
+) -> None:
+    path = manifest.root / "manifest.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value))  # another layout of the same is no matter
+    assert read_manifest(manifest.root) == manifest
+    path.write_text(json.dumps(value | dict([changed])))
+    told = refused(manifest.root)
+    assert told.startswith(f"{path} is damaged or was edited: its checksum differs")
+
+
+def test_what_is_written_is_read_back(manifest: Manifest) -> None:
+    first, second, *others = manifest.shards
+    first = replace(first, index="shard-000000.quarantine-1.json", quarantined=2, samples=4)
+    changed = replace(
+        manifest,
+        shards=(first, *others),
+        dropped=(DroppedShard(1, second),),
+        configuration={"source": "caf\udce9", "root": "Größe"},
+    )
+    changed.write()
+    again = read_manifest(manifest.root)
+    assert again == changed
+    assert again.samples == COUNT - SHARD - 2
+    assert again.shards[0].index == "shard-000000.quarantine-1.json"
+
+
+def test_shards_that_are_not_there_are_counted_for_training(manifest: Manifest) -> None:
+    assert missing_shards(manifest) is None
+    (manifest.root / "shard-000001.tar").unlink()
+    (manifest.root / "shard-000003.tar").unlink()
+    os.truncate(manifest.root / "shard-000002.tar", 512)
+    assert read_manifest(manifest.root, check_files=False) == manifest
+    told = missing_shards(manifest)
+    assert told is not None
+    assert "of 4 shards" in told
+    assert "2 are missing and 1 have another size" in told
+    assert f"maskbank shards verify {manifest.root}" in told
+    for number in (0, 2):
+        (manifest.root / f"shard-{number:06d}.tar").unlink()
+    with pytest.raises(InputError, match="not one of the 4 shards that the manifest lists is in"):
+        missing_shards(manifest)
 
 
 def test_no_manifest(tmp_path: Path, manifest: Manifest) -> None:
@@ -106,7 +169,7 @@ def test_a_manifest_that_lacks_something(manifest: Manifest, key: str) -> None:
     path = manifest.root / "manifest.json"
     value = json.loads(path.read_text())
     del value[key]
-    path.write_text(json.dumps(value))
+    write_without_checksum(path, value)
     assert refused(manifest.root).startswith(f"{path} is damaged: it lacks '{key}'; ")
 
 
@@ -125,6 +188,10 @@ def test_a_manifest_that_lacks_something(manifest: Manifest, key: str) -> None:
         {"name": "shard-000000.tar\0"},
         {"name": "shard-000000.zip"},
         {"name": "shard-000001.tar"},
+        {"index": "../shard-000000.json"},
+        {"index": "manifest.json"},
+        {"index": "shard-000001.json"},
+        {"quarantined": -1},
     ],
 )
 def test_a_shard_entry_that_cannot_be(manifest: Manifest, changes: dict[str, Any]) -> None:
@@ -186,14 +253,48 @@ def test_an_index_that_was_changed_damaged_or_lost(manifest: Manifest) -> None:
         b'{"samples": [{"key": "a", "height": 1, "width": 1, "components": {}}]}',
         b'{"samples": [{"key": "a", "height": 1, "width": 1, "components": {"exe": [0, 1, 2]}}]}',
         b'{"samples": [{"key": "a", "height": 1, "width": 1, "components": {"jpg": [0, 1]}}]}',
+        *(
+            b'{"samples": [{"key": "a", "height": %d, "width": 1, "components": {"jpg": %s}}]}'
+            % (height, extent)
+            for height, extent in [
+                (1, b"[0, 1000000000000000, 0]"),
+                (1, b"[9223372036854775807, 1, 0]"),
+                (1, b"[99999999999999999999, 1, 0]"),
+                (1, b"[-5, 1, 0]"),
+                (1, b"[0, 1, 4294967296]"),
+                (0, b"[0, 1, 0]"),
+                (-1, b"[0, 1, 0]"),
+                (10**9, b"[0, 1, 0]"),
+                (10**12, b"[0, 1, 0]"),
+            ]
+        ),
+        b'{"samples": [{"key": "a", "height": 1, "width": 1, "components":'
+        b' {"jpg": [0, 1, 0], "png": [0, 1, 0]}}, {"key": "b", "height": 1, "width": 1,'
+        b' "components": {}}]}',
     ],
 )
 def test_an_index_that_says_something_else(manifest: Manifest, data: bytes) -> None:
     path = manifest.root / "shard-000000.json"
     path.write_bytes(data)
-    edit_shard(manifest, 0, index_sha256=hashlib.sha256(data).hexdigest())
+    samples = data.count(b'"key"') or SHARD
+    edit_shard(manifest, 0, index_sha256=hashlib.sha256(data).hexdigest(), samples=samples)
     index = DatasetIndex(read_manifest(manifest.root))
     with pytest.raises(InputError) as caught:
         index.shard(0)
     assert str(path) in str(caught.value)
     assert "build the shards again" in str(caught.value)
+
+
+def test_an_index_that_cannot_be_used_is_not_read_again(manifest: Manifest) -> None:
+    path = manifest.root / "shard-000001.json"
+    whole = path.read_bytes()
+    path.write_bytes(b"{}")
+    index = DatasetIndex(manifest)
+    messages = set()
+    for _ in range(3):
+        with pytest.raises(InputError) as caught:
+            index.shard(1)
+        messages.add(str(caught.value))
+        path.write_bytes(whole)  # too late for this reader: what it does must not change by chance
+    assert len(messages) == 1
+    assert DatasetIndex(manifest).shard(1).keys

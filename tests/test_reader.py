@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.build_config import BuildConfig
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.fetch import MAX_SUBSTITUTES, FetchedSample, Fetcher
 from data_pipeline.index import DatasetIndex
@@ -19,7 +20,7 @@ from data_pipeline.sources.generated import list_scenes
 from data_pipeline.sources.item import Listing
 from data_pipeline.views import ViewConfig
 from data_pipeline.whole_images import WholeImages
-from data_pipeline.write_shards import BuildConfig, build_shards
+from data_pipeline.write_shards import build_shards
 from tests.sample_data import BytesItem, build_scene_shards, encode, flip_byte, object_mask, picture
 
 COUNT, SHARD = 24, 6
@@ -63,14 +64,14 @@ def damage(manifest: Manifest, shard: int, sample: int, component: str = "image"
 
 def test_bytes_equal_the_source(manifest: Manifest) -> None:
     reader = open_reader(manifest)
-    source = {item.key: item.read() for item in list_scenes(COUNT, 0, 48).items}
+    source = {item.key: item.read() for item in list_scenes(COUNT, 0, 48).entries}
     for shard in range(len(manifest.shards)):
         index = reader.index.shard(shard)
         for sample, key in enumerate(index.keys):
             raw = reader.read(shard, sample, label=True)
             expected = source.pop(key)
             assert raw.image == expected.image
-            assert raw == expected  # our own PNG encoder made mask and label on both sides
+            assert (raw.mask, raw.label) == (expected.mask, expected.label)  # by our own encoder
             assert reader.read(shard, sample).label is None
             assert decode_rgb(raw.image).shape[:2] == tuple(index.sizes[sample])
             assert decode_grey(raw.mask or b"", "mask").shape == tuple(index.sizes[sample])
@@ -155,7 +156,7 @@ def test_many_shards_keep_few_files_open(tmp_path: Path) -> None:
     reader = open_reader(manifest)
     for _ in range(2):
         for number, item in enumerate(items):
-            assert reader.read(number, 0) == item.raw
+            assert reader.read(number, 0).image == item.raw.image
     assert open_shards(tmp_path) == 32
 
 
@@ -260,14 +261,52 @@ def test_where_all_substitutes_fail_training_ends_with_the_place(manifest: Manif
         fetcher.fetch(np.array([3]))
     fetcher.close()
     assert f"position 3: read: {place}.image: the checksum differs" in str(caught.value)
-    assert f"check the shards in {manifest.root}" in str(caught.value)
+    assert f"maskbank shards verify {manifest.root}" in str(caught.value)
     assert fetcher.bad_samples == 1 + MAX_SUBSTITUTES
 
 
-def test_a_changed_index_ends_training_with_its_name(manifest: Manifest) -> None:
+def test_a_shard_without_its_index_is_replaced_sample_by_sample(
+    manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The order stays what the manifest says; only the shard's own positions get substitutes."""
+    whole, _ = fetch_all(manifest, threads=1, batch=COUNT)
     (manifest.root / "shard-000000.json").write_bytes(b"{}")
-    with pytest.raises(InputError, match=r"shard-000000\.json is not the index"):
-        fetch_all(manifest, threads=2, batch=4)
+    fetched, fetcher = fetch_all(manifest, threads=2, batch=4)
+    assert fetcher.bad_samples >= 2 * SHARD
+    for ours, theirs in zip(fetched, whole, strict=True):
+        if theirs.sample_id < SHARD:
+            assert ours.sample_id >= SHARD
+        else:
+            assert ours.sample_id == theirs.sample_id
+            assert ours.image.tobytes() == theirs.image.tobytes()
+    assert len(caplog.records) == 1
+    assert "shard-000000.json is not the index that the manifest describes" in caplog.text
+
+
+def test_evaluation_ends_at_a_shard_without_its_index(manifest: Manifest) -> None:
+    (manifest.root / "shard-000000.json").unlink()
+    with pytest.raises(InputError, match=r"shard index .*shard-000000\.json cannot be read"):
+        WholeImages(manifest, 16, threads=2).read(0)
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_an_error(manifest: Manifest) -> None:
+    path = manifest.root / "shard-000001.tar"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(SampleError, match=r"shard-000001\.tar:.*\.image: "):
+        open_reader(manifest).read(1, 0)
+
+
+def test_the_log_of_bad_samples_ends_at_some_point(
+    manifest: Manifest, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.fetch.MAX_REPORTED", 3)
+    for sample in range(SHARD):
+        damage(manifest, 2, sample)
+    fetch_all(manifest, threads=1, batch=8, epochs=2)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.startswith("bad sample replaced") for line in lines] == [True] * 3 + [False]
+    assert lines[-1] == "more than 3 kinds of bad samples: no more are named"
 
 
 # ---------------------------------------------------------------- whole images
