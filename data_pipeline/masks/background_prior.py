@@ -50,7 +50,7 @@ class PriorConfig:
     size: int = 320
     superpixels: int = 200
     fine_superpixels: int = 800
-    rounds: int = 2
+    rounds: int = 3
 
 
 class BackgroundPrior:
@@ -60,7 +60,9 @@ class BackgroundPrior:
 
     def __init__(self, config: PriorConfig | None = None) -> None:
         self.config = config or PriorConfig()
-        self.name = "prior"
+        chosen = self.config
+        parts = (chosen.size, chosen.superpixels, chosen.fine_superpixels, chosen.rounds)
+        self.name = "prior-1-" + "-".join(map(str, parts))  # 1: of the method as it is here
 
     def predict(self, images: Sequence[UInt8]) -> list[Float32]:
         """Saliency in [0, 1], float32 [H, W], of each picture uint8 [H, W, 3]."""

@@ -1,7 +1,7 @@
 """From a saliency map to a mask, as MaskContrast publishes it: binary, without small segments.
 
 Segments under 1% of the picture are dropped, and pictures whose mask is under 1% are left out
-(Van Gansbeke et al., ICCV 2021, supplementary material). Needs NumPy and SciPy only.
+(Van Gansbeke et al., ICCV 2021, supplementary material).
 """
 
 from collections.abc import Callable
@@ -9,16 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from data_pipeline.errors import InputError, SampleError
+from data_pipeline.mask_files import connected_components
 from data_pipeline.masks.predictor import UInt8
 
 SKIP = "skip"  # stage of a picture that gets no mask because nothing in it is salient
-MAX_PROPOSAL = 254
 _LEVELS = 256
-_TOUCHING = np.ones((3, 3), bool)  # pixels that touch by a corner are one segment
-_ROUNDING = 1e-9  # a segment of exactly the least share is kept
+_ROUNDING = 1e-9  # a mask of exactly the least share is kept
 
 Values = NDArray[np.floating]
 
@@ -64,7 +62,8 @@ class PostprocessConfig:
             the mean. Values at or above it are foreground.
         min_segment: connected segments of a smaller share of the picture are dropped.
         min_mask: pictures whose remaining mask is a smaller share get none.
-        ids: write segments as proposals 1…254, the largest first, instead of 0 and 255.
+        ids: write segments as proposals 1…254, in the order of their first
+            pixels, instead of 0 and 255; of more than 254 the largest.
     """
 
     threshold: float | str = "otsu"
@@ -107,27 +106,19 @@ def make_mask(saliency: Values, config: PostprocessConfig) -> UInt8:
         threshold = THRESHOLDS[config.threshold](saliency)
     else:
         threshold = config.threshold
-    labels, count = ndimage.label(saliency >= threshold, _TOUCHING)
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    order = np.argsort(-sizes, kind="stable")
-    least = config.min_segment * saliency.size - _ROUNDING
-    kept = order[sizes[order] >= least]
-    share = float(sizes[kept].sum()) / saliency.size
-    if not len(kept) or share < config.min_mask - _ROUNDING:
-        raise SampleError(SKIP, _why(share, len(kept), count, config))
-    values = np.zeros(count + 1, np.uint8)
+    objects = saliency >= threshold
+    if not objects.any():
+        raise SampleError(SKIP, "nothing is salient")
+    parts = connected_components(objects, config.min_segment)
+    if config.min_segment > 0:
+        objects = parts > 0
+    share = float(np.count_nonzero(objects)) / saliency.size
+    if not share:
+        raise SampleError(SKIP, f"no segment of at least {config.min_segment:.4g} of the picture")
+    if share < config.min_mask - _ROUNDING:
+        raise SampleError(
+            SKIP, f"the mask is under {config.min_mask:.4g} of the picture ({share:.3%})"
+        )
     if config.ids:
-        kept = kept[:MAX_PROPOSAL]
-        values[kept + 1] = np.arange(1, len(kept) + 1)
-    else:
-        values[kept + 1] = 255
-    return np.asarray(values[labels])
-
-
-def _why(share: float, kept: int, found: int, config: PostprocessConfig) -> str:
-    """One sentence of few kinds, so that counting reasons makes sense."""
-    if not found:
-        return "nothing is salient"
-    if not kept:
-        return f"no segment of at least {config.min_segment:.2%} of the picture"
-    return f"the mask is under {config.min_mask:.2%} of the picture ({share:.3%})"
+        return parts
+    return np.asarray(objects * np.uint8(255), np.uint8)
