@@ -14,7 +14,7 @@ FORMAT = "maskbank-shards"
 VERSION = 1
 FILE_NAME = "manifest.json"
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 _INDEX_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.json")
 _REMEDY = "copy it here again or build the shards again"
 _BLOCK = 1 << 20
@@ -223,7 +223,7 @@ def _shard_entry(value: dict[str, Any]) -> ShardEntry:
         found = getattr(entry, field.name)
         if type(found) is not field.type or (isinstance(found, int) and found < 0):
             raise ValueError(f"shard {entry.name!r} has {field.name} {found!r}")
-    if not _SHARD_NAME.fullmatch(entry.name):  # also keeps the name inside the folder
+    if not SHARD_NAME.fullmatch(entry.name):  # also keeps the name inside the folder
         raise ValueError(f"it names the shard {entry.name!r}, expected NAME.tar")
     if not _INDEX_NAME.fullmatch(entry.index) or entry.index == FILE_NAME:
         raise ValueError(f"it names the index {entry.index!r}, expected NAME.json")
