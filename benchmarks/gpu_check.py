@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data_pipeline.build_config import BuildConfig, BuildOptions
 from data_pipeline.fetch import Fetcher
 from data_pipeline.index import DatasetIndex
 from data_pipeline.loader import make_loader
@@ -26,7 +27,7 @@ from data_pipeline.order import SampleOrder
 from data_pipeline.reader import SampleReader
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.views import IMAGENET_STD, ViewConfig
-from data_pipeline.write_shards import BuildConfig, build_shards
+from data_pipeline.write_shards import build_shards
 from trainer.distributed import Ranks
 from trainer.environment import describe_environment
 from trainer.loss import pixel_contrastive_loss
@@ -149,7 +150,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = BuildConfig(samples_per_shard=250, mask_mode="ids")
-        manifest = build_shards(list_scenes(1000, 0, 320), folder / "shards", config, processes=8)
+        manifest = build_shards(list_scenes(1000, 0, 320), folder / "shards", config, BuildOptions(8))
         counts = sorted({1, torch.cuda.device_count()})
         rows = [*decoding(manifest), *losses(), *loss_speed()]
         rows += [row for ranks in counts for row in training(manifest, folder, ranks)]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_pipeline.build_config import BuildConfig
 from data_pipeline.fetch import Fetcher
 from data_pipeline.index import DatasetIndex
 from data_pipeline.loader import make_loader
@@ -23,7 +24,7 @@ from data_pipeline.order import SampleOrder
 from data_pipeline.reader import SampleReader
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.views import ViewConfig
-from data_pipeline.write_shards import BuildConfig, build_shards
+from data_pipeline.write_shards import build_shards
 from trainer.distributed import Ranks
 from trainer.environment import describe_environment
 

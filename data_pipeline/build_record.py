@@ -172,7 +172,10 @@ def open_record(store: Store, configuration: dict[str, Any], options: BuildOptio
     """
     names = store.names()
     if FILE_NAME not in names:
-        foreign = sorted(name for name in names if not name.startswith("unmatched-"))
+        # of a build of which nothing was left
+        foreign = sorted(
+            name for name in names - {"failures.jsonl"} if not name.startswith("unmatched-")
+        )
         if foreign:
             raise InputError(
                 f"{store} already holds {foreign[0]!r}, which this build would not write; "

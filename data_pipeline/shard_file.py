@@ -19,6 +19,12 @@ from data_pipeline.sources.item import Failure
 from data_pipeline.store import Store
 
 Marker = dict[str, Any]
+# parts of a ustar header that are the same for all members
+_MODE_AND_OWNER = b"0000644\0" + 2 * b"0000000\0"
+_TIME = b"00000000000\0"
+
+_AFTER_CHECKSUM = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
+_HEADER_SUM = sum(_MODE_AND_OWNER + _TIME + 8 * b" " + _AFTER_CHECKSUM)
 _REMEDY = "delete it and run the same command again"
 
 
@@ -52,9 +58,7 @@ class ShardWriter:
         """Adds a sample that has been described before; only its place is new."""
         extents = {}
         for name, data in components.items():
-            info = tarfile.TarInfo(f"{described['key']}.{name}")
-            info.size, info.mode, info.mtime = len(data), 0o644, 0
-            header = info.tobuf(tarfile.USTAR_FORMAT)
+            header = _ustar_header(f"{described['key']}.{name}".encode("ascii"), len(data))
             extents[name] = [self._file.size + len(header), len(data), zlib.crc32(data)]
             self._file.write(header + data + bytes(-len(data) % tarfile.BLOCKSIZE))
         self.samples.append({**described, "components": extents})
@@ -176,6 +180,15 @@ def dali_index(samples: list[dict[str, Any]]) -> str:
             )
         )
     return "\n".join(lines) + "\n"
+
+
+def _ustar_header(name: bytes, size: int) -> bytes:
+    """What tarfile writes for a regular file of mode 644 without times or owners, much faster."""
+    assert len(name) <= 100, "keys are short"
+    size_field = b"%011o\0" % size
+    checksum = _HEADER_SUM + sum(name) + sum(size_field)
+    before = name.ljust(100, b"\0") + _MODE_AND_OWNER + size_field + _TIME
+    return before + b"%06o\0 " % checksum + _AFTER_CHECKSUM
 
 
 class _NothingToWrite(Exception):

@@ -1,5 +1,6 @@
 """Files here and elsewhere: a `Path`, or an address such as `s3://bucket/name`, by fsspec."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ def file_system(location: str) -> tuple[Any, str]:
 
 def read_location(location: Location) -> bytes:
     """All bytes of a file; OSError where that fails."""
-    if isinstance(location, Path) or not is_remote(location):
-        return Path(location).read_bytes()
-    system, path = file_system(location)
+    if not is_remote(location):
+        with open(location, "rb", buffering=0) as file:
+            return file.read()
+    system, path = file_system(str(location))
     data: bytes = system.cat_file(path)
     return data
 
@@ -48,6 +50,6 @@ def size_of(location: Location) -> int:
     if is_remote(location):
         return 0
     try:
-        return Path(location).stat().st_size
+        return os.stat(location).st_size
     except OSError:
         return -1

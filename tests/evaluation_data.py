@@ -10,12 +10,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_pipeline.build_config import BuildConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.sample import RawSample, UInt8, encode_png
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.sources.item import Listing
 from data_pipeline.whole_images import WholeImages, normalise, resize_nearest
-from data_pipeline.write_shards import BuildConfig, build_shards
+from data_pipeline.write_shards import build_shards
 from trainer.encoder import Encoder
 from trainer.model import ModelConfig, PixelEncoder, PixelOutput
 
@@ -76,7 +77,7 @@ def block_shards(
 ) -> Manifest:
     """One image for each of `classes`, in that order, 10 a shard."""
     items = [BlockItem(first + i, label, *size, masked, tinted) for i, label in enumerate(classes)]
-    return build_shards(Listing(items, (), names), folder, BuildConfig(10, shuffle_seed=-1))
+    return build_shards(Listing(items, names), folder, BuildConfig(10, shuffle_seed=-1))
 
 
 def scene_shards(folder: Path, count: int = 40, seed: int = 0, size: int = 48) -> Manifest:

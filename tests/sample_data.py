@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_pipeline.build_config import BuildConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.sample import RawSample
 from data_pipeline.sources.generated import list_scenes
-from data_pipeline.write_shards import BuildConfig, build_shards
+from data_pipeline.write_shards import build_shards
 
 UInt8 = NDArray[np.uint8]
 HEIGHT, WIDTH = 20, 30
@@ -110,7 +111,10 @@ def build_scene_shards(
     root: Path, count: int, size: int = 48, samples_per_shard: int = 10, seed: int = 0
 ) -> Manifest:
     """Shards of generated scenes: image, mask and label in every sample."""
-    return build_shards(list_scenes(count, seed, size), root, BuildConfig(samples_per_shard, "ids"))
+    config = BuildConfig(samples_per_shard, "ids")
+    manifest = build_shards(list_scenes(count, seed, size), root, config)
+    assert manifest is not None
+    return manifest
 
 
 class BytesItem:

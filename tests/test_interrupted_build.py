@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.build_config import BuildConfig, BuildOptions
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.sources.generated import list_scenes
-from data_pipeline.write_shards import BuildConfig, build_shards
+from data_pipeline.write_shards import build_shards
 from tests.sample_data import build_scene_shards, checksums, write
 
 SCENES, SHARD = 24, 4
@@ -24,25 +25,28 @@ import sys
 from pathlib import Path
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.sources.item import Listing
-from data_pipeline.write_shards import BuildConfig, build_shards
+from data_pipeline.build_config import BuildConfig, BuildOptions
+from data_pipeline.write_shards import build_shards
 if __name__ == "__main__":
-    items = [*list_scenes(20, 0, 16).items, *list_scenes(180, 1, 4096).items]
+    items = [*list_scenes(20, 0, 16).entries, *list_scenes(180, 1, 4096).entries]
     config = BuildConfig(20, "ids", shuffle_seed=-1)
     build_shards(
-        Listing(items), Path(sys.argv[1]), config, int(sys.argv[2]),
-        lambda done, failed: print(done, failed, flush=True),
+        Listing(items), Path(sys.argv[1]), config, BuildOptions(int(sys.argv[2])),
+        lambda plan: lambda done, failed: done and print(done, failed, flush=True),
     )
 """
 BUILD = """
 import sys
 from pathlib import Path
 from data_pipeline.sources.generated import list_scenes
-from data_pipeline.write_shards import BuildConfig, build_shards
+from data_pipeline.build_config import BuildConfig, BuildOptions
+from data_pipeline.write_shards import build_shards
 if __name__ == "__main__":
     print("start", flush=True)
     build_shards(
         list_scenes(24, 0, 48), Path(sys.argv[1]), BuildConfig(4, "ids"),
-        int(sys.argv[2]), lambda done, failed: print(done, failed, flush=True),
+        BuildOptions(int(sys.argv[2])),
+        lambda plan: lambda done, failed: done and print(done, failed, flush=True),
     )
 """
 
@@ -130,7 +134,7 @@ def test_ctrl_c_ends_a_build_at_once_and_cleanly(tmp_path: Path, processes: int)
     names = os.listdir(output)
     assert not [name for name in names if name.endswith(".tmp")]
     assert "manifest.json" not in names
-    finished = sum(name.endswith(".json") for name in names)
+    finished = sum(name.startswith("shard-") and name.endswith(".json") for name in names)
     assert 1 <= finished < 20
 
 
@@ -142,7 +146,7 @@ def test_ctrl_c_does_not_wait_for_the_shards_under_way(tmp_path: Path, processes
     process.send_signal(signal.SIGINT)
     wait_for_group(process)
     assert process.returncode == -signal.SIGINT
-    assert len(list((tmp_path / "shards").glob("*.json"))) == 1
+    assert len(list((tmp_path / "shards").glob("shard-*.json"))) == 1
     assert not list((tmp_path / "shards").glob(".*"))
 
 
@@ -223,7 +227,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(
 def test_a_full_disk_is_told_by_worker_processes_too(small_disk: Path) -> None:
     listing, config = list_scenes(60, 0, 64), BuildConfig(5, "ids")
     with pytest.raises(OSError, match="no space left; free some") as caught:
-        build_shards(listing, small_disk / "shards", config, processes=2)
+        build_shards(listing, small_disk / "shards", config, BuildOptions(2))
     assert caught.value.errno == errno.ENOSPC
     assert not list((small_disk / "shards").glob(".*"))
     assert not (small_disk / "shards" / "manifest.json").exists()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data_pipeline.batch import Batch
+from data_pipeline.build_config import BuildConfig
 from data_pipeline.errors import InputError
 from data_pipeline.fetch import FetchedSample, Fetcher
 from data_pipeline.index import DatasetIndex
@@ -18,7 +19,7 @@ from data_pipeline.order import SampleOrder
 from data_pipeline.reader import SampleReader
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.views import IMAGENET_STD, ViewConfig
-from data_pipeline.write_shards import BuildConfig, build_shards
+from data_pipeline.write_shards import build_shards
 
 CPU = torch.device("cpu")
 VIEWS = ViewConfig(image_size=64)

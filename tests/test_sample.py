@@ -16,6 +16,7 @@ from data_pipeline.sample import (
     MAX_PIXELS,
     MaskMode,
     PackedSample,
+    Policy,
     RawSample,
     decode_grey,
     decode_mask,
@@ -46,7 +47,7 @@ def pack(
     mode: MaskMode = "auto",
     num_classes: int | None = None,
 ) -> PackedSample:
-    return pack_sample("key", "source", RawSample(image, mask, label), mode, num_classes)
+    return pack_sample("key", "source", RawSample(image, mask, label), Policy(mode), num_classes)
 
 
 def exif(orientation: int) -> bytes:
@@ -358,7 +359,7 @@ def test_the_packed_sample_counts_its_objects() -> None:
     share = np.isin(mask, (1, 2)).mean()
     assert info["object_share"] == pytest.approx(share, abs=1e-6)
     assert info == info | {"key": "key", "source": "source", "height": HEIGHT, "width": WIDTH}
-    assert sample.components[MASK] == encode_png(mask)
+    assert sample.components[MASK] == encode(mask)  # copied as it is
     assert Image.open(io.BytesIO(sample.components[MASK])).mode == "L"
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.build_config import BuildConfig
 from data_pipeline.sources.generated import list_scenes
-from data_pipeline.write_shards import BuildConfig, build_shards
+from data_pipeline.write_shards import build_shards
 from trainer import load_encoder
 from trainer.checkpoint import complete_checkpoints, newest_checkpoint
 from trainer.metrics import read_metrics

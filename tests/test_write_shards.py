@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline import shard_file
+from data_pipeline.build_config import BuildConfig, BuildOptions
 from data_pipeline.errors import InputError
 from data_pipeline.files import only_writer
 from data_pipeline.index import DatasetIndex
@@ -21,7 +24,7 @@ from data_pipeline.sample import INFO, LABEL, MASK
 from data_pipeline.sources.folder import list_folder
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.sources.item import Listing
-from data_pipeline.write_shards import BuildConfig, build_shards, failure_counts
+from data_pipeline.write_shards import build_shards, failure_counts
 from tests.sample_data import (
     BytesItem,
     build_scene_shards,
@@ -83,7 +86,7 @@ def test_the_manifest_says_what_is_there(shards: Path) -> None:
     assert lines(shards / "failures.jsonl") == []
     stems = [f"shard-{number:06d}" for number in range(SCENES // SHARD)]
     names = {f"{stem}{suffix}" for stem in stems for suffix in (".tar", ".idx", ".json")}
-    assert set(sums) == names | {"manifest.json", "failures.jsonl"}
+    assert set(sums) == names | {"manifest.json", "failures.jsonl", "build.json"}
 
 
 def test_every_sample_is_in_exactly_one_shard_and_shuffled(shards: Path) -> None:
@@ -92,7 +95,7 @@ def test_every_sample_is_in_exactly_one_shard_and_shuffled(shards: Path) -> None
         for path in sorted(shards.glob("shard-*.json"))
         for sample in json.loads(path.read_bytes())["samples"]
     ]
-    keys = [item.key for item in list_scenes(SCENES, 0, 48).items]
+    keys = [item.key for item in list_scenes(SCENES, 0, 48).entries]
     assert sorted(found) == keys
     assert found != keys
 
@@ -200,11 +203,11 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(shards: Path, tmp_pa
         list_scenes(SCENES, 0, 48),
         tmp_path,
         BuildConfig(SHARD, "ids"),
-        processes=4,
-        progress=lambda samples, failed: done.append((samples, failed)),
+        BuildOptions(processes=4),
+        lambda plan: lambda *counts: done.append(counts),
     )
     assert checksums(tmp_path) == checksums(shards)
-    assert done == [(SHARD, 0)] * (SCENES // SHARD)
+    assert done == [(0, 0)] + [(SHARD, 0)] * (SCENES // SHARD)
 
 
 # ---------------------------------------------------------------- what cannot be used
@@ -214,11 +217,14 @@ def test_failures_are_counted_and_never_in_a_shard(tmp_path: Path) -> None:
     items = [good(0), bad(1), good(2), good(3), bad(4), BytesItem("small", jpeg(0), jpeg(0)[:9])]
     done: list[tuple[int, int]] = []
     manifest = build_shards(
-        Listing(items), tmp_path, in_order(4), progress=lambda *counts: done.append(counts)
+        Listing(items),
+        tmp_path,
+        in_order(4),
+        progress=lambda plan: lambda *counts: done.append(counts),
     )
-    assert [entry.samples for entry in manifest.shards] == [3]
+    assert [entry.samples for entry in manifest.shards] == [2, 1]
     assert manifest.failures == 3
-    assert done == [(4, 1), (2, 2)]
+    assert done == [(0, 0), (4, 2), (2, 1)]
     failures = lines(tmp_path / "failures.jsonl")
     assert [(failure["key"], failure["stage"]) for failure in failures] == [
         ("bad_01", "image"),
@@ -226,7 +232,7 @@ def test_failures_are_counted_and_never_in_a_shard(tmp_path: Path) -> None:
         ("small", "mask"),
     ]
     assert failures[0]["source"] == "memory/bad_01"
-    assert failure_counts(tmp_path) == {
+    assert failure_counts((tmp_path / "failures.jsonl").open("rb")) == {
         "image: cannot be decoded": 2,
         "mask: cannot be decoded": 1,
     }
@@ -247,12 +253,12 @@ def test_a_shard_of_which_nothing_is_left_has_no_archive(tmp_path: Path) -> None
 @pytest.mark.parametrize("processes", [1, 2])
 def test_nothing_to_write_is_an_error(tmp_path: Path, processes: int) -> None:
     with pytest.raises(InputError, match="there is no sample to write"):
-        build_shards(Listing([]), tmp_path, in_order(2), processes)
+        build_shards(Listing([]), tmp_path, in_order(2), BuildOptions(processes))
     images, masks = folder_pair(tmp_path / "source", ["a"])
     (masks / "a.png").unlink()
     output = tmp_path / "shards"
     with pytest.raises(InputError, match=r"not one of 1 samples .* a\.jpg: match: no mask"):
-        build_shards(list_folder(images, masks), output, in_order(2), processes)
+        build_shards(list_folder(images, masks), output, in_order(2), BuildOptions(processes))
     assert lines(output / "failures.jsonl")[0]["reason"] == "no mask of that stem"
     assert not (output / "manifest.json").exists()
 
@@ -288,11 +294,12 @@ def test_samples_without_a_mask_or_label_are_counted(tmp_path: Path) -> None:
         require_component(manifest, "label", "measuring")
 
 
-def test_a_source_that_cannot_be_read_is_a_failed_sample(tmp_path: Path) -> None:
-    class Unreadable(BytesItem):
-        def read(self) -> Any:
-            raise OSError(errno.EIO, "Input/output error", self.key)
+class Unreadable(BytesItem):
+    def read(self) -> Any:
+        raise OSError(errno.EIO, "Input/output error", self.key)
 
+
+def test_a_source_that_cannot_be_read_is_a_failed_sample(tmp_path: Path) -> None:
     manifest = build_shards(Listing([good(0), Unreadable("x", b"")]), tmp_path, in_order(2))
     assert (manifest.samples, manifest.failures) == (1, 1)
     assert lines(tmp_path / "failures.jsonl")[0]["stage"] == "read"
@@ -308,7 +315,9 @@ def test_odd_file_names_do_not_break_the_list_of_failures(tmp_path: Path) -> Non
     assert (manifest.samples, manifest.failures) == (1, 5)
     found = lines(tmp_path / "shards" / "failures.jsonl")
     assert {failure["source"] for failure in found} == {f"{name}.jpg" for name in names}
-    assert failure_counts(tmp_path / "shards") == {"image: cannot be decoded": 5}
+    assert failure_counts((tmp_path / "shards/failures.jsonl").open("rb")) == {
+        "image: cannot be decoded": 5
+    }
     assert len(read_all(tmp_path / "shards")) == 1
     # read back by a build that goes on
     assert build_shards(list_folder(images, None), tmp_path / "shards", in_order(10)) == manifest
@@ -318,7 +327,7 @@ def test_numbers_out_of_range_are_refused() -> None:
     with pytest.raises(InputError, match="samples per shard is 0"):
         BuildConfig(0)
     with pytest.raises(InputError, match="shuffle seed"):
-        BuildConfig(shuffle_seed=2**64)
+        BuildConfig(shuffle_seed=2**63)
 
 
 # ---------------------------------------------------------------- the output folder
@@ -328,15 +337,18 @@ def test_a_folder_of_another_build_is_refused_by_name(tmp_path: Path) -> None:
     build_scene_shards(tmp_path / "a", 4, samples_per_shard=2)
     before = checksums(tmp_path / "a")
     other = (
-        (list_scenes(4, 1, 48), BuildConfig(2, "ids")),  # another seed
-        (list_scenes(4, 0, 32), BuildConfig(2, "ids")),  # another size
-        (list_scenes(4, 0, 48), BuildConfig(2, "binary")),
-        (list_scenes(4, 0, 48), BuildConfig(2, "ids", shuffle_seed=5)),
-        (list_scenes(4, 0, 48), BuildConfig(4, "ids")),
-        (list_scenes(6, 0, 48), BuildConfig(2, "ids")),
+        (list_scenes(4, 1, 48), BuildConfig(2, "ids"), "seed is '1', was '0'. Give"),
+        (list_scenes(4, 0, 32), BuildConfig(2, "ids"), "size is '32', was '48'. Give"),
+        (list_scenes(4, 0, 48), BuildConfig(2, "binary"), "mask_mode is 'binary', was 'ids'"),
+        (
+            list_scenes(4, 0, 48),
+            BuildConfig(3, "ids", shuffle_seed=5),
+            "samples_per_shard is 3, was 2; shuffle_seed is 5, was 0. Give the same",
+        ),
+        (list_scenes(6, 0, 48), BuildConfig(2, "ids"), "it gives 6 samples instead of 4"),
     )
-    for listing, config in other:
-        with pytest.raises(InputError, match=r"a holds shard-000000 of another build"):
+    for listing, config, difference in other:
+        with pytest.raises(InputError, match=re.escape(difference)):
             build_shards(listing, tmp_path / "a", config)
     assert checksums(tmp_path / "a") == before
 
@@ -350,25 +362,25 @@ def test_other_masks_of_the_same_images_are_another_build(tmp_path: Path) -> Non
     for name in ("a", "b"):
         write(others / f"{name}.png", encode(np.ones((20, 30), np.uint8)))
     for folder in (others, None):
-        with pytest.raises(InputError, match=r"shard-000000, but files of a\.jpg have changed"):
+        with pytest.raises(InputError, match=r"configuration: masks is '.*', was '.*/masks'\."):
             build_shards(list_folder(images, folder), output, in_order(1))
+    for path in masks.iterdir():
+        path.write_bytes((others / path.name).read_bytes())
+    with pytest.raises(InputError, match=r"shard-000000, but files of a\.jpg have changed"):
+        build_shards(list_folder(images, masks), output, in_order(1))
     assert checksums(output) == before
 
 
 def test_a_foreign_file_is_never_touched(tmp_path: Path) -> None:
-    thesis = write(tmp_path / "thesis.tex", b"years of work")
+    write(tmp_path / "thesis.tex", b"years of work")
     with pytest.raises(InputError, match=r"already holds 'thesis.tex', .*--output"):
         build_scene_shards(tmp_path, 2)
     assert os.listdir(tmp_path) == ["thesis.tex"]
-    thesis.unlink()
-    build_scene_shards(tmp_path, 4, samples_per_shard=2)
-    write(tmp_path / "shard-000009.tar", b"of a longer build")
-    with pytest.raises(InputError, match=r"already holds 'shard-000009.tar'"):
-        build_scene_shards(tmp_path, 4, samples_per_shard=2)
 
 
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".shard-000001.tar.4242.tmp", ".manifest.json.7.tmp", ".failures.jsonl.7.tmp"):
+    stems = ("shard-000001.tar", "manifest.json", "failures.jsonl")
+    for name in (f".{stem}.0123456789ab.tmp" for stem in stems):
         write(tmp_path / name, b"half")
     write(tmp_path / ".DS_Store", b"hidden, not ours")
     write(tmp_path / ".thesis.tmp", b"hidden, not ours")
@@ -441,7 +453,21 @@ def test_samples_that_failed_are_tried_again(tmp_path: Path) -> None:
     inode = (output / "shard-000000.tar").stat().st_ino
     (images / "c.jpg").write_bytes(mended)
     manifest = build_shards(list_folder(images, masks), output, in_order(2))
+    assert (manifest.samples, manifest.failures) == (3, 1)  # only where it is asked for
+    retry = BuildOptions(retry_failed=True)
+    manifest = build_shards(list_folder(images, masks), output, in_order(2), retry)
     assert (manifest.samples, manifest.failures) == (4, 0)
     assert (output / "shard-000000.tar").stat().st_ino == inode  # nothing failed there
     build_shards(list_folder(images, masks), tmp_path / "fresh", in_order(2))
     assert checksums(output) == checksums(tmp_path / "fresh")
+
+
+# ---------------------------------------------------------------- the tar format
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 8**11 - 1])
+@pytest.mark.parametrize("name", ["a.jpg", "sub/key-1.mask.png", "k" * 90 + ".label.png"])
+def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = size, 0o644, 0
+    assert shard_file._ustar_header(name.encode(), size) == info.tobuf(tarfile.USTAR_FORMAT)

@@ -49,6 +49,12 @@ class FileItem:
             None if self.label is None else _read(self.label, "label"),
         )
 
+    def __reduce__(self) -> tuple[type["FileItem"], tuple[str | None, ...]]:
+        # as text: a million paths are made and read back for a plan
+        files = (self.image, self.mask, self.label)
+        paths = (None if path is None else str(path) for path in files)
+        return type(self), (self.key, self.source, *paths)
+
     def sizes(self) -> tuple[int, ...]:
         files = (self.image, self.mask, self.label)
         return tuple(size_of(path) for path in files if path is not None)
