@@ -274,6 +274,16 @@ def test_files_that_are_no_networks(tmp_path: Path) -> None:
             OnnxNetwork.load(path)
 
 
+def test_files_in_onnxruntimes_own_format_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "net.onnx", *channel(0))
+    options = runtime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "net.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(InputError, match=r"net\.ort cannot be opened as an ONNX network"):
+        OnnxNetwork.load(tmp_path / "net.ort")
+
+
 def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"channels": 1}, "of 1 channels; expected one input"),
@@ -319,6 +329,26 @@ def test_outputs_that_do_not_fit(tmp_path: Path) -> None:
             OnnxNetwork.load(path)
         assert f"{name}.onnx" in str(caught.value)
         assert "as first output" in str(caught.value)
+
+
+def test_an_output_of_another_batch(tmp_path: Path) -> None:
+    nodes, constants = channel(0)
+    nodes[0].output[0] = "red"
+    nodes.append(helper.make_node("ReduceMean", ["red"], ["y"], axes=[0]))
+    path = save(tmp_path / "net.onnx", nodes, constants, batch=2)
+    with pytest.raises(
+        InputError, match=r"is \[1, 1, 32, 32\] for a batch of 2; expected one map a"
+    ):
+        OnnxNetwork.load(path)
+
+
+def test_values_just_outside_are_clipped(tmp_path: Path) -> None:
+    path = save(tmp_path / "net.onnx", *channel(0))
+    image = np.full((SIZE, SIZE, 3), 255, np.uint8)
+    image[0] = 0
+    settings = {**PLAIN, "mean": (4e-4, 0, 0), "std": (0.9990, 1, 1)}
+    found = OnnxNetwork.load(path, **settings).predict([image])[0]
+    assert (found.min(), found.max()) == (0, 1)
 
 
 def test_values_that_are_no_saliency(tmp_path: Path) -> None:
