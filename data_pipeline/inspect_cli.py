@@ -29,7 +29,7 @@ Processes = Annotated[int, typer.Option("--processes", "-p", min=1, help="Worker
 LevelOption = Annotated[
     str, typer.Option(help="fast (sizes and indexes), hash (every byte) or decode (every pixel).")
 ]
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)  # `:b:` is a key, not a picture
 
 
 def add_commands(app: typer.Typer) -> None:

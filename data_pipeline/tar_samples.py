@@ -166,13 +166,12 @@ def _members(
 
 
 def _looks_whole(group: list[_Member], names: MemberNames, found: TarSamples) -> bool:
-    """Whether the last sample before a cut has all that the first one has."""
-    if not found.samples:
-        return False
+    """Whether the last sample before a cut has all that the first one has, or image and mask."""
     held = {names.slot(member.extension) for member in group}
-    wanted = {
-        name if name in (MASK, LABEL, INFO) else "image" for name in found.samples[0]["components"]
-    }
+    wanted = {"image", MASK}
+    if found.samples:
+        components = found.samples[0]["components"]
+        wanted = {name if name in (MASK, LABEL, INFO) else "image" for name in components}
     return wanted <= held
 
 
