@@ -66,7 +66,8 @@ def finish(
         return None
     complete = record.finished == len(record.generations)
     if complete and not written and store.size(FILE_NAME) >= 0:
-        return _read_back(store)
+        with _only_finisher(store):
+            return _read_back(store)
     with _only_finisher(store) as chosen:
         if not chosen:
             return None
@@ -171,6 +172,8 @@ def _only_finisher(store: Store) -> Iterator[bool]:
     try:
         with only_writer(lock):
             yield True
+            for left in store.root.glob(".node-*-of-*"):  # of nodes that were killed
+                left.unlink(missing_ok=True)
     except InputError as error:
         if "another process is writing" not in str(error):
             raise

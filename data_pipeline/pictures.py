@@ -66,6 +66,10 @@ def open_checked(
             image.load()
     except SampleError:
         raise
+    except Image.DecompressionBombError:
+        raise SampleError(
+            stage, f"says that it has far more than the limit of {MAX_PIXELS:,} pixels"
+        ) from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, …
         raise SampleError(stage, f"cannot be decoded ({str(error)[:200]})") from None
     return image, orientation if orientation in _TURNS else 1
