@@ -1,18 +1,20 @@
-"""Folders and PASCAL trees: what is matched with what, and what is said about the rest."""
+"""Folders, PASCAL trees and scenes: what is matched with what, and what is said about the rest."""
 
-import json
 import os
+import pickle
 import re
+import tracemalloc
+from itertools import islice
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
 from data_pipeline.errors import InputError, SampleError
-from data_pipeline.sample import decode_mask, pack_sample
 from data_pipeline.sources.folder import list_folder
 from data_pipeline.sources.generated import list_scenes
-from data_pipeline.sources.item import FileItem, Listing, read_class_names, unique_keys
+from data_pipeline.sources.item import Failure, read_class_names
 from data_pipeline.sources.voc import VOC_CLASSES, list_voc
 from tests.sample_data import (
     encode,
@@ -23,16 +25,7 @@ from tests.sample_data import (
     vocdevkit_tree,
     write,
 )
-
-
-def keys(listing: Listing) -> list[str]:
-    return [item.key for item in listing.items]
-
-
-def failures(listing: Listing) -> dict[str, str]:
-    assert all(failure.stage == "match" for failure in listing.failures)
-    return {failure.source: failure.reason for failure in listing.failures}
-
+from tests.source_data import contents, pixels
 
 # ---------------------------------------------------------------- folders
 
@@ -40,61 +33,92 @@ def failures(listing: Listing) -> dict[str, str]:
 def test_images_and_masks_are_matched_by_path_and_stem(tmp_path: Path) -> None:
     images, masks = folder_pair(tmp_path, ["b", "a", "sub/a", "sub/deeper/c"])
     listing = list_folder(images, masks)
-    assert keys(listing) == ["a", "b", "sub/a", "sub/deeper/c"]
-    assert listing.failures == []
-    by_key = {item.key: item for item in listing.items}
-    assert by_key["sub/a"].source == "sub/a.jpg"
-    raw = by_key["sub/a"].read()  # the third of the pictures
+    items, failed = contents(listing)
+    assert list(items) == ["a", "b", "sub/a", "sub/deeper/c"]
+    assert failed == {}
+    assert items["sub/a"].source == "sub/a.jpg"
+    raw = items["sub/a"].read()  # the third of the pictures
     assert raw.image == (images / "sub" / "a.jpg").read_bytes()
-    np.testing.assert_array_equal(decode_mask(raw.mask or b"", "auto"), object_mask(2))
+    np.testing.assert_array_equal(pixels(raw.mask), object_mask(2))
     assert raw.label is None
-    assert by_key["a"].sizes() == (
+    assert items["a"].sizes() == (
         (images / "a.jpg").stat().st_size,
         (masks / "a.png").stat().st_size,
     )
+    assert pickle.loads(pickle.dumps(items["a"])).read() == items["a"].read()
+    assert listing.roots == (images, masks)
+    assert listing.description == {
+        "source": "folder",
+        "images": str(images),
+        "masks": str(masks),
+        "labels": "",
+    }
 
 
 def test_without_masks_images_stand_alone(tmp_path: Path) -> None:
     images, _ = folder_pair(tmp_path, ["a", "b"])
-    listing = list_folder(images, None)
-    assert keys(listing) == ["a", "b"]
-    assert [item.read().mask for item in listing.items] == [None, None]
+    items, _ = contents(list_folder(images))
+    assert {key: item.read().mask for key, item in items.items()} == {"a": None, "b": None}
 
 
 def test_labels_need_a_partner_too(tmp_path: Path) -> None:
     images, masks = folder_pair(tmp_path, ["a", "b"], labels=True)
     (tmp_path / "labels" / "b.png").unlink()
     listing = list_folder(images, masks, tmp_path / "labels", ("background", "thing", "other"))
-    assert keys(listing) == ["a"]
-    assert failures(listing) == {"b.jpg": "no label of that stem"}
+    items, failed = contents(listing)
+    assert list(items) == ["a"]
+    assert failed == {"b.jpg": "no label of that stem"}
     assert listing.classes == ("background", "thing", "other")
-    raw = listing.items[0].read()
-    sample = pack_sample("a", "a.jpg", raw, "auto", 3)
-    assert set(sample.components) == {"jpg", "mask.png", "label.png", "json"}
+    np.testing.assert_array_equal(pixels(items["a"].read().label), object_mask(0))
 
 
 def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
     images, masks = folder_pair(tmp_path, ["a", "no_mask", "sub/no_image"])
     (masks / "no_mask.png").unlink()
     (images / "sub" / "no_image.jpg").unlink()
-    listing = list_folder(images, masks)
-    assert keys(listing) == ["a"]
-    assert failures(listing) == {
+    items, failed = contents(list_folder(images, masks))
+    assert list(items) == ["a"]
+    assert failed == {
         "no_mask.jpg": "no mask of that stem",
         str(masks / "sub" / "no_image.png"): "mask without an image",
     }
 
 
-def test_of_duplicate_stems_none_wins(tmp_path: Path) -> None:
+def test_masks_of_one_stem_are_ambiguous_and_images_of_one_stem_both_listed(
+    tmp_path: Path,
+) -> None:
     images, masks = folder_pair(tmp_path, ["a", "two_images", "two_masks"])
     write(images / "two_images.png", encode(picture()))
     write(masks / "two_masks.gif", encode(object_mask(), "GIF"))
-    listing = list_folder(images, masks)
-    assert keys(listing) == ["a"]
-    assert failures(listing) == {
-        "two_images.jpg": "duplicate stem: two_images.jpg, two_images.png",
-        "two_images.png": "duplicate stem: two_images.jpg, two_images.png",
-        "two_masks.jpg": "several masks: two_masks.gif, two_masks.png",
+    entries = list(list_folder(images, masks).entries)
+    assert sorted((entry.key, entry.source) for entry in entries) == [
+        ("a", "a.jpg"),
+        ("two_images", "two_images.jpg"),  # the plan fails them, as they share a key
+        ("two_images", "two_images.png"),
+        ("two_masks", "two_masks.jpg"),
+    ]
+    reasons = [entry.reason for entry in entries if isinstance(entry, Failure)]
+    assert reasons == ["several masks: two_masks.gif, two_masks.png"]
+
+
+def test_masks_without_folders_belong_to_the_one_image_of_their_name(tmp_path: Path) -> None:
+    images, masks = folder_pair(tmp_path, ["x/a", "x/b", "y/b", "c", "z/c", "z/d", "e"])
+    for path in sorted(masks.rglob("*.png")):
+        if path.parent != masks:
+            path.unlink()
+    for number, name in enumerate(["a", "b", "d"]):
+        write(masks / f"{name}.png", encode(object_mask(number)))
+    write(masks / "z" / "d.png", encode(object_mask(7)))  # of its own path: this one counts
+    items, failed = contents(list_folder(images, masks))
+    assert list(items) == ["c", "e", "x/a", "z/d"]
+    np.testing.assert_array_equal(pixels(items["x/a"].read().mask), object_mask(0))
+    np.testing.assert_array_equal(pixels(items["z/d"].read().mask), object_mask(7))
+    assert failed == {
+        "x/b.jpg": "no mask of that stem",  # b.png could be of either
+        "y/b.jpg": "no mask of that stem",
+        "z/c.jpg": "no mask of that stem",  # c.png is the mask of c.jpg
+        str(masks / "b.png"): "mask without an image",
+        str(masks / "d.png"): "mask without an image",
     }
 
 
@@ -105,12 +129,9 @@ def test_hidden_and_other_files_are_passed_over_but_no_picture_is(tmp_path: Path
     for name in ("phone.heic", "old.GIF"):
         write(images / name, b"x")
     write(masks / "phone.png", encode(object_mask()))
-    listing = list_folder(images, masks)
-    assert keys(listing) == ["a"]
-    assert failures(listing) == {
-        "old.GIF": ".GIF is not read",
-        "phone.heic": ".heic is not read",
-    }
+    items, failed = contents(list_folder(images, masks))
+    assert list(items) == ["a"]
+    assert failed == {"old.GIF": ".GIF is not read", "phone.heic": ".heic is not read"}
 
 
 def test_suffixes_in_capitals_and_dots_in_names(tmp_path: Path) -> None:
@@ -119,10 +140,12 @@ def test_suffixes_in_capitals_and_dots_in_names(tmp_path: Path) -> None:
     write(masks / "IMG_1.PNG", encode(object_mask()))
     write(images / "v1.2.jpeg", encode(picture(), "JPEG"))
     write(masks / "v1.2.bmp", encode(object_mask(), "BMP"))
-    listing = list_folder(images, masks)
-    assert listing.failures == []
-    assert [item.source for item in listing.items] == ["IMG_1.JPG", "v1.2.jpeg"]
-    assert re.fullmatch(r"v1_2-[0-9a-f]{8}", keys(listing)[1])
+    items, failed = contents(list_folder(images, masks))
+    assert failed == {}
+    assert {key: item.source for key, item in items.items()} == {
+        "IMG_1": "IMG_1.JPG",
+        "v1.2": "v1.2.jpeg",
+    }
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -136,35 +159,26 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (store / "cat" / "up").symlink_to(store)
     (store / "dog" / "over").symlink_to(store / "cat")
     os.mkfifo(images / "pipe.jpg")  # reading it would hang
-    listing = list_folder(images, None)
-    found = keys(listing)
-    assert {"cats/a", "one", "gone", "cats/up/dog/b"} <= set(found)
-    assert not [key for key in found if "circle" in key or "pipe" in key]
-    assert len(found) == 4
-    gone = next(item for item in listing.items if item.key == "gone")
+    items, failed = contents(list_folder(images))
+    assert list(items) == ["cats/a", "cats/up/dog/b", "gone", "one"]
+    assert failed == {}
     with pytest.raises(SampleError, match="No such file") as caught:
-        gone.read()
+        items["gone"].read()
     assert caught.value.stage == "image"
-    assert gone.sizes() == (-1,)
+    assert items["gone"].sizes() == (-1,)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file names of bytes are POSIX")
 def test_a_file_name_that_is_not_utf8_is_taken(tmp_path: Path) -> None:
-    images, _ = folder_pair(tmp_path, ["a"])
-    (images / "a.jpg").rename(Path(os.fsdecode(os.fsencode(images) + b"/caf\xe9.jpg")))
-    listing = list_folder(images, None)
-    assert re.fullmatch(r"caf_-[0-9a-f]{8}", keys(listing)[0])
-    info = pack_sample("key", listing.items[0].source, listing.items[0].read(), "auto").components
-    assert os.fsencode(json.loads(info["json"])["source"]) == b"caf\xe9.jpg"
-
-
-def test_names_whose_keys_meet_fail_all(tmp_path: Path) -> None:
-    raw = FileItem("ä", "ä.jpg", tmp_path, None, None)
-    changed = unique_keys([raw])[0][0].key
-    kept, failed = unique_keys([raw, FileItem(changed, f"{changed}.jpg", tmp_path, None, None)])
-    assert kept == []
-    assert {failure.source for failure in failed} == {"ä.jpg", f"{changed}.jpg"}
-    assert {failure.key for failure in failed} == {changed}
+    images, masks = folder_pair(tmp_path, ["a"])
+    for folder, suffix in ((images, ".jpg"), (masks, ".png")):
+        new = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9" + suffix.encode()))
+        (folder / f"a{suffix}").rename(new)
+    items, failed = contents(list_folder(images, masks))
+    assert failed == {}
+    (item,) = items.values()
+    assert os.fsencode(item.source) == b"caf\xe9.jpg"
+    assert item.read().image.startswith(b"\xff\xd8")
 
 
 def test_missing_and_empty_folders_are_the_users_to_mend(tmp_path: Path) -> None:
@@ -173,14 +187,60 @@ def test_missing_and_empty_folders_are_the_users_to_mend(tmp_path: Path) -> None
     empty.mkdir()
     with pytest.raises(InputError, match=r"empty holds no image .*give --images"):
         list_folder(empty, masks)
-    with pytest.raises(InputError, match="nowhere is not a folder"):
+    with pytest.raises(InputError, match=r"nowhere is not a folder; .* --images"):
         list_folder(tmp_path / "nowhere", masks)
-    with pytest.raises(InputError, match="nowhere is not a folder"):
+    with pytest.raises(InputError, match=r"nowhere is not a folder; .* --masks"):
         list_folder(images, tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"a\.jpg is not a folder"):
         list_folder(images / "a.jpg", masks)
-    listing = list_folder(images, empty)
-    assert (keys(listing), failures(listing)) == ([], {"a.jpg": "no mask of that stem"})
+    assert contents(list_folder(images, empty)) == ({}, {"a.jpg": "no mask of that stem"})
+
+
+def test_a_folder_that_vanishes_while_it_is_listed_ends_the_listing(tmp_path: Path) -> None:
+    images, masks = folder_pair(tmp_path, ["a", "sub/b"])
+    listing = list_folder(images, masks)
+    for path in (masks / "a.png", masks / "sub" / "b.png"):
+        path.unlink()
+    (masks / "sub").rmdir()
+    masks.rmdir()
+    with pytest.raises(InputError, match=r"masks cannot be listed \(No such file"):
+        list(listing.entries)
+
+
+def test_folders_elsewhere(tmp_path: Path) -> None:
+    images, masks = folder_pair(tmp_path, ["a", "sub/b", "sub/.hidden/c", "no_mask"])
+    (masks / "no_mask.png").unlink()
+    system = fsspec.filesystem("memory")
+    top = f"/{tmp_path.name}"  # the memory is one for all tests
+    system.put(str(tmp_path), top, recursive=True)
+    listing = list_folder(f"memory:/{top}/images", f"memory:/{top}/masks/")
+    items, failed = contents(listing)
+    assert list(items) == ["a", "sub/b"]
+    assert failed == {"no_mask.jpg": "no mask of that stem"}
+    assert items["sub/b"].source == "sub/b.jpg"
+    raw = items["sub/b"].read()
+    assert raw.image == (images / "sub" / "b.jpg").read_bytes()
+    assert raw.mask == (masks / "sub" / "b.png").read_bytes()
+    assert listing.roots == ()
+    mixed, _ = contents(list_folder(f"memory:/{top}/images", masks))
+    assert list(mixed) == ["a", "sub/b"]
+    with pytest.raises(InputError, match="nowhere is not a folder"):
+        list_folder("memory://nowhere")
+
+
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
+    peaks = []
+    for count in (2000, 6000):
+        folder = tmp_path / str(count)
+        for kind, suffix in (("images", "jpg"), ("masks", "png")):
+            (folder / kind).mkdir(parents=True)
+            for number in range(count):
+                (folder / kind / f"a_rather_long_name_{number:08d}.{suffix}").touch()
+        tracemalloc.start()
+        assert sum(1 for _ in list_folder(folder / "images", folder / "masks").entries) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 100_000  # 4,000 more pairs of names alone are 600 kB
 
 
 # ---------------------------------------------------------------- PASCAL
@@ -191,61 +251,60 @@ SPLITS = {"trainaug": ["2007_000032", "2008_000001"], "val": ["2007_000033"]}
 def test_the_released_layout_with_masks_and_labels(tmp_path: Path) -> None:
     root = released_tree(tmp_path / "VOCSegmentation", SPLITS)
     listing = list_voc(root, "trainaug", masks="saliency_supervised_model")
-    assert keys(listing) == SPLITS["trainaug"]
+    items, failed = contents(listing)
+    assert list(items) == SPLITS["trainaug"]
+    assert failed == {}
     assert listing.classes == VOC_CLASSES
     assert len(VOC_CLASSES) == 21
-    assert listing.failures == []
-    item = listing.items[1]
-    assert item.source == "images/2008_000001.jpg"
-    sample = pack_sample(item.key, item.source, item.read(), "auto", 21)
-    assert set(sample.components) == {"jpg", "mask.png", "label.png", "json"}
-    label = decode_mask(sample.components["label.png"], "ids")
+    assert items["2008_000001"].source == "images/2008_000001.jpg"
+    raw = items["2008_000001"].read()
     expected = object_mask(1)
     expected[0] = 255
-    np.testing.assert_array_equal(label, expected)  # palette indices, not colours
-    np.testing.assert_array_equal(decode_mask(sample.components["mask.png"], "ids"), object_mask(1))
+    np.testing.assert_array_equal(pixels(raw.label), expected)  # palette indices, not colours
+    np.testing.assert_array_equal(pixels(raw.mask), object_mask(1))
     assert listing.description["masks"] == "saliency_supervised_model"
+    folders = ("images", "saliency_supervised_model", "SegmentationClassAug")
+    assert listing.roots == tuple(root / name for name in folders)
 
 
 def test_the_released_layout_without_labels(tmp_path: Path) -> None:
     root = released_tree(tmp_path, SPLITS)
     listing = list_voc(root, "val", masks="saliency_unsupervised_model", labels=False)
-    assert keys(listing) == SPLITS["val"]
+    items, _ = contents(listing)
+    assert list(items) == SPLITS["val"]
     assert listing.classes == ()
-    assert listing.items[0].read().label is None
+    assert items["2007_000033"].read().label is None
 
 
 @pytest.mark.parametrize("below", ["", "VOCdevkit"])
 def test_vocdevkit_from_its_top_or_inside(tmp_path: Path, below: str) -> None:
     vocdevkit_tree(tmp_path / below, SPLITS)
     for root in (tmp_path, tmp_path / below, tmp_path / below / "VOC2012"):
-        listing = list_voc(root, "trainaug")
-        assert keys(listing) == SPLITS["trainaug"]
-        raw = listing.items[0].read()
+        items, _ = contents(list_voc(root, "trainaug"))
+        assert list(items) == SPLITS["trainaug"]
+        raw = items["2007_000032"].read()
         assert raw.mask is None
         assert raw.label is not None
-        assert listing.items[0].source == "JPEGImages/2007_000032.jpg"
+        assert items["2007_000032"].source == "JPEGImages/2007_000032.jpg"
 
 
 def test_vocdevkit_with_masks_from_elsewhere(tmp_path: Path) -> None:
     vocdevkit_tree(tmp_path, SPLITS)
     masks = tmp_path / "my_masks"
     write(masks / "2007_000032.png", encode(object_mask(5)))
-    listing = list_voc(tmp_path, "trainaug", masks=str(masks))
-    assert keys(listing) == ["2007_000032"]
-    np.testing.assert_array_equal(
-        decode_mask(listing.items[0].read().mask or b"", "auto"), object_mask(5)
-    )
-    missing = failures(listing)["JPEGImages/2008_000001.jpg"]
-    assert missing == f"no mask: {masks / '2008_000001.png'} is missing"
+    items, failed = contents(list_voc(tmp_path, "trainaug", masks=str(masks)))
+    assert list(items) == ["2007_000032"]
+    np.testing.assert_array_equal(pixels(items["2007_000032"].read().mask), object_mask(5))
+    reason = f"no mask: {masks / '2008_000001.png'} is missing"
+    assert failed == {"JPEGImages/2008_000001.jpg": reason}
 
 
 def test_the_augmented_labels_are_preferred(tmp_path: Path) -> None:
     vocdevkit_tree(tmp_path, {"train": ["a"]})
     augmented = np.full((20, 30), 7, np.uint8)
     write(tmp_path / "VOC2012" / "SegmentationClassAug" / "a.png", encode(augmented))
-    raw = list_voc(tmp_path, "train").items[0].read()
-    np.testing.assert_array_equal(decode_mask(raw.label or b"", "ids"), augmented)
+    items, _ = contents(list_voc(tmp_path, "train"))
+    np.testing.assert_array_equal(pixels(items["a"].read().label), augmented)
 
 
 def test_an_unknown_split_lists_the_splits(tmp_path: Path) -> None:
@@ -264,20 +323,21 @@ def test_what_is_missing_from_the_tree_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no folder of masks 'saliency' .*JPEGImages"):
         list_voc(root, "val", masks="saliency")
     (root / "JPEGImages" / "2007_000033.jpg").unlink()
-    listing = list_voc(root, "val")
-    assert keys(listing) == []
-    assert "2007_000033.jpg is missing" in failures(listing)["JPEGImages/2007_000033.jpg"]
+    items, failed = contents(list_voc(root, "val"))
+    assert items == {}
+    assert "2007_000033.jpg is missing" in failed["JPEGImages/2007_000033.jpg"]
     (root / "SegmentationClass").rename(root / "labels")
     with pytest.raises(InputError, match=r"no folder of labels.*--no-labels"):
         list_voc(root, "val")
-    assert keys(list_voc(root, "trainaug", labels=False)) == SPLITS["trainaug"]
+    assert list(contents(list_voc(root, "trainaug", labels=False))[0]) == SPLITS["trainaug"]
 
 
 def test_lists_may_have_columns_and_blank_lines_but_no_paths(tmp_path: Path) -> None:
     root = released_tree(tmp_path, SPLITS)
     names = "2008_000001 -1\r\n\r\n2007_000032  1\n2008_000001\n"
     write(root / "sets" / "cat.txt", b"\xef\xbb\xbf" + names.encode())
-    assert keys(list_voc(root, "cat")) == SPLITS["trainaug"]  # the repeated name is one sample
+    # the repeated name is one sample
+    assert sorted(entry.key for entry in list_voc(root, "cat").entries) == SPLITS["trainaug"]
     for text, reason in (
         (b"", "is empty"),
         (b"/JPEGImages/a.jpg /SegmentationClass/a.png", "names '/JPEGImages/a.jpg'"),
@@ -317,13 +377,23 @@ def test_class_names_fit_8_bit_labels(tmp_path: Path) -> None:
 
 def test_scenes_are_told_apart_by_seed_size_and_number() -> None:
     sources = {
-        item.source
+        entry.source
         for seed, size in ((0, 32), (1, 32), (0, 48))
-        for item in list_scenes(3, seed, size).items
+        for entry in list_scenes(3, seed, size).entries
     }
     assert len(sources) == 9
-    first, again = (list_scenes(1, 7, 32).items[0].read() for _ in range(2))
-    assert first == again
+    first, again = (next(iter(list_scenes(1, 7, 32).entries)) for _ in range(2))
+    assert not isinstance(first, Failure)
+    assert not isinstance(again, Failure)
+    assert first.read() == again.read()
+
+
+def test_scenes_are_listed_as_one_goes() -> None:
+    listing = list_scenes(10**12, 0, 32)
+    assert [entry.key for entry in islice(listing.entries, 2)] == [
+        "scene_000_0000000",
+        "scene_000_0000001",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -323,6 +323,6 @@ def _read_pixel_map(path: Path, labels: LabelKind) -> NDArray[np.uint8]:
         raise SampleError(
             "label", f"is {image.mode}; COCO-Stuff's pixel maps have one 8-bit channel"
         )
-    values = np.asarray(image)
     table = table_27() if labels == "27" else table_81()
-    return table[values]
+    classes: NDArray[np.uint8] = np.take(table, np.asarray(image))
+    return classes
