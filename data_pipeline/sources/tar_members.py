@@ -47,6 +47,9 @@ def scan_members(file: IO[bytes], size: int) -> Iterator[Member]:
     Raises:
         TarDamage: a header is damaged, a member is cut off, or the tar ends without its end mark.
     """
+    kind = _COMPRESSED.get(file.read(2))
+    if kind:
+        raise TarDamage(f"is compressed ({kind}); members are read in place: unpack it first")
     offset, attributes, ended = 0, dict[str, str](), False
     while offset + _BLOCK <= size:
         file.seek(offset)
@@ -83,11 +86,6 @@ def _parse(header: bytes, offset: int) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        kind = _COMPRESSED.get(header[:2]) if offset == 0 else None
-        if kind:
-            raise TarDamage(
-                f"is compressed ({kind}); members are read in place: unpack it"
-            ) from None
         raise TarDamage(f"has a damaged header at byte {offset:,} ({error})") from None
 
 

@@ -148,8 +148,7 @@ def _expand(pattern: str) -> Iterator[str]:
         width = len(found[1]) if found[1].startswith("0") or found[2].startswith("0") else 0
         parts = (f"{number:0{width}d}" for number in range(first, last + step, step))
     for part in parts:
-        for rest in _expand(tail):
-            yield head + part + rest
+        yield from _expand(head + part + tail)
 
 
 def _exists(location: Location) -> bool:
