@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import InputError
-from data_pipeline.manifest import Manifest, read_manifest, require_component
+from data_pipeline.manifest import Manifest, missing_shards, read_manifest, require_component
 from trainer.checkpoint import Checkpoint, newest_checkpoint
 from trainer.config import TrainConfig, load_config, resume_difference
 from trainer.encoder import initial_network, read_run_config
@@ -52,7 +52,8 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         raise InputError(
             "data.shards is not set; add data.shards=FOLDER (made by `maskbank shards build`)"
         )
-    manifest = read_manifest(config.data.shards)
+    cache = Path(config.data.cache) if config.data.cache else None
+    manifest = read_manifest(config.data.shards, False, cache, config.data.cache_gib)
     require_component(manifest, "mask", "training")
     micro_batches = config.optim.accumulate
     if config.data.batch_size % (world_size * micro_batches):
@@ -76,7 +77,11 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
             f"of {config.data.batch_size}; raise run.epochs, or set run.steps"
         )
     run = Path(config.run.directory)
-    digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode())
+    contents = (  # what is in quarantine changes the order of all samples
+        shard.sha256 + (shard.index_sha256 if shard.quarantined else "")
+        for shard in manifest.shards
+    )
+    digest = hashlib.sha256("".join(contents).encode())
     plan = Plan(
         manifest,
         total_steps,
@@ -90,6 +95,8 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
 
 
 def _warnings(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
+    if missing := missing_shards(manifest):
+        yield missing
     bank, samples = config.bank, manifest.samples
     if bank.capacity >= samples / 2 and not bank.mask_same_image:
         yield (
