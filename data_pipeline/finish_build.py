@@ -105,11 +105,11 @@ def _write_manifest(
     configuration = dict(first.configuration)
     if others:
         configuration["appended"] = [other.configuration for other in others]
-    root = store.root if isinstance(store, LocalStore) else Path(str(store))
+    root = store.root if isinstance(store, LocalStore) else Path()
     manifest = Manifest(root, entries, tuple(first.classes), failures, configuration)
     with store.writing(FILE_NAME) as file:
         file.write(manifest.encode())
-    return manifest
+    return manifest if isinstance(store, LocalStore) else read_manifest(str(store))
 
 
 def _read_back(store: Store) -> Manifest:

@@ -76,7 +76,7 @@ class DatasetIndex:
         if known is not None:
             raise InputError(known)
         try:
-            loaded = read_index(self.manifest.root, self.manifest.shards[number])[0]
+            loaded = self._load(self.manifest.shards[number])
         except InputError as error:
             with self._lock:
                 self._unusable[number] = str(error)
@@ -87,19 +87,28 @@ class DatasetIndex:
                 self._cache.popitem(last=False)
         return loaded
 
+    def _load(self, entry: ShardEntry) -> ShardIndex:
+        try:
+            path = self.manifest.index_path(entry)
+        except OSError as error:
+            raise InputError(f"{self.manifest}/{entry.index} cannot be read: {error}") from None
+        return read_index(self.manifest.root, entry, path)[0]
+
     def locate(self, sample_id: int) -> tuple[int, int]:
         """(shard number, sample number) of a global sample id."""
         shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
         return shard, sample_id - int(self.starts[shard])
 
 
-def read_index(root: Path, entry: ShardEntry) -> tuple[ShardIndex, dict[str, Any]]:
-    """The index of a shard as columns and as the JSON object that the file holds.
+def read_index(
+    root: Path, entry: ShardEntry, path: Path | None = None
+) -> tuple[ShardIndex, dict[str, Any]]:
+    """The index of a shard, in `root` or at `path`, as columns and as the JSON that the file holds.
 
     Raises:
         InputError: it cannot be read, or is not the one that the manifest describes.
     """
-    path = root / entry.index
+    path = path or root / entry.index
     data = read_bytes(path, "shard index", _REMEDY)
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
         raise InputError(

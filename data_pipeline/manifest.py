@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.cache import DEFAULT_GIB, ShardCache, open_cache
 from data_pipeline.errors import InputError
-from data_pipeline.files import atomic_write, encode_json, read_json
+from data_pipeline.files import atomic_write, encode_json, parse_json, read_json
+from data_pipeline.storage import is_remote
 
 FORMAT = "maskbank-shards"
 VERSION = 1
@@ -64,7 +66,7 @@ class DroppedShard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set of shards in the folder `root`."""
+    """A data set of shards in the folder `root`, or at the address that `cache` copies from."""
 
     root: Path
     shards: tuple[ShardEntry, ...]
@@ -72,6 +74,22 @@ class Manifest:
     failures: int
     configuration: dict[str, Any]
     dropped: tuple[DroppedShard, ...] = ()
+    cache: ShardCache | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return str(self.root) if self.cache is None else self.cache.address
+
+    def shard_path(self, shard: ShardEntry) -> Path:
+        """Where the tar of a shard is read: OSError where it cannot be downloaded."""
+        if self.cache is None:
+            return self.root / shard.name
+        return self.cache.local(shard.name, shard.sha256)
+
+    def index_path(self, shard: ShardEntry) -> Path:
+        """Where the index of a shard is read: OSError where it cannot be downloaded."""
+        if self.cache is None:
+            return self.root / shard.index
+        return self.cache.local(shard.index, shard.index_sha256)
 
     @property
     def samples(self) -> int:
@@ -103,25 +121,39 @@ class Manifest:
             file.write(self.encode())
 
 
-def read_manifest(root: Path | str, check_files: bool = True) -> Manifest:
+def read_manifest(
+    root: Path | str,
+    check_files: bool = True,
+    cache_folder: Path | None = None,
+    cache_gib: float = DEFAULT_GIB,
+) -> Manifest:
     """Reads and checks the manifest of a folder of shards.
 
     Args:
-        root: the folder.
+        root: the folder, or an address such as `s3://bucket/shards`.
         check_files: every shard must be there in the size that the manifest says; without it they
-            are not looked at (see `missing_shards`). Contents are checked on reading.
+            are not looked at (see `missing_shards`). Contents are checked on reading, and what
+            is elsewhere only then.
+        cache_folder, cache_gib: where files of an address are kept, and how much of them.
 
     Raises:
         InputError: no manifest, one of another program or version, or shards that do not fit it.
     """
-    root = Path(root)
-    path = root / FILE_NAME
-    if not path.is_file():
-        raise InputError(
-            f"{root} holds no {FILE_NAME}, so it is no finished set of shards; "
-            "make one with `maskbank shards build`, or run an interrupted build again"
-        )
-    value = read_json(path, "manifest", _REMEDY)
+    cache = None
+    if is_remote(root):
+        cache = open_cache(str(root), cache_folder, cache_gib)
+        path = f"{cache.address}/{FILE_NAME}"
+        value = parse_json(cache.read(FILE_NAME), path, "manifest", _REMEDY)
+        root = cache.folder
+    else:
+        root = Path(root)
+        path = str(root / FILE_NAME)
+        if not Path(path).is_file():
+            raise InputError(
+                f"{root} holds no {FILE_NAME}, so it is no finished set of shards; "
+                "make one with `maskbank shards build`, or run an interrupted build again"
+            )
+        value = read_json(Path(path), "manifest", _REMEDY)
     if value.get("format") != FORMAT or value.get("version") != VERSION:
         raise InputError(
             f"{path} is of format {value.get('format')!r} version {value.get('version')!r}; "
@@ -130,12 +162,12 @@ def read_manifest(root: Path | str, check_files: bool = True) -> Manifest:
     if "sha256" in value and value["sha256"] != _checksum(value):
         raise InputError(f"{path} is damaged or was edited: its checksum differs; {_REMEDY}")
     try:
-        manifest = _parse(root, value)
+        manifest = replace(_parse(root, value), cache=cache)
     except KeyError as error:
         raise InputError(f"{path} is damaged: it lacks {error}; {_REMEDY}") from None
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path} is damaged: {error}; {_REMEDY}") from None
-    for shard in manifest.shards if check_files else ():
+    for shard in manifest.shards if check_files and cache is None else ():
         _check_shard(root, shard)
     if manifest.samples == 0:
         raise InputError(f"{path} lists no sample; build the shards again")
@@ -149,6 +181,8 @@ def missing_shards(manifest: Manifest) -> str | None:
         InputError: not one shard is there.
     """
     missing = changed = 0
+    if manifest.cache is not None:
+        return None  # told when they are downloaded
     for shard in manifest.shards:
         try:
             changed += (manifest.root / shard.name).stat().st_size != shard.bytes

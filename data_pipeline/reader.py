@@ -49,7 +49,7 @@ class SampleReader:
             data = os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
             where = self.describe(shard, sample)
-            raise SampleError("read", f"{where}.{component}: {error.strerror}") from None
+            raise SampleError("read", f"{where}.{component}: {error.strerror or error}") from None
         if len(data) != size:
             where = self.describe(shard, sample)
             raise SampleError("read", f"{where}.{component}: the shard is cut short")
@@ -64,7 +64,8 @@ class SampleReader:
             files = self._local.files = OrderedDict()
         file = files.get(shard)
         if file is None:
-            file = _File(str(self.index.manifest.root / self.index.manifest.shards[shard].name))
+            manifest = self.index.manifest
+            file = _File(str(manifest.shard_path(manifest.shards[shard])))
             files[shard] = file
             if len(files) > _OPEN_FILES_PER_THREAD:
                 files.popitem(last=False)

@@ -22,12 +22,14 @@ class DataConfig:
     """Where batches come from.
 
     Attributes:
-        shards: folder of the training shards.
+        shards: folder of the training shards, or their address, as s3://bucket/shards.
         batch_size: images a step over all ranks and micro-batches.
         loader: auto (DALI where it is installed), dali, or torch.
         threads: a rank, for reading and for decoding; 0 takes the rank's share of the cores.
         prefetch: batches kept ready.
         window: shards whose samples are mixed.
+        cache: folder for shards at an address; empty takes ~/.cache/maskbank.
+        cache_gib: what the cache may grow to, about.
     """
 
     shards: str = ""
@@ -36,6 +38,8 @@ class DataConfig:
     threads: int = 0
     prefetch: int = 2
     window: int = 8
+    cache: str = ""
+    cache_gib: float = 100.0
 
     def __post_init__(self) -> None:
         if self.loader not in ("auto", "dali", "torch"):
@@ -121,6 +125,8 @@ _FREE_ON_RESUME = {
     "run.threads",
     "run.device",
     "data.shards",
+    "data.cache",
+    "data.cache_gib",
     "data.loader",
     "data.threads",
     "data.prefetch",
