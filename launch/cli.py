@@ -43,6 +43,12 @@ def shards(context: typer.Context) -> None:
     sys.exit(run(module_command("data_pipeline.cli", context.args)))
 
 
+@app.command(context_settings=_FORWARD)
+def masks(context: typer.Context) -> None:
+    """Make saliency masks of images that have none, and score them: `maskbank masks make …`."""
+    sys.exit(run(module_command("data_pipeline.masks.cli", context.args)))
+
+
 @app.command()
 def train(
     recipe: Annotated[Optional[str], typer.Option(help="A recipe that comes along.")] = None,  # noqa: UP045 (typer)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +320,31 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path) -> None:
     assert real is not None
     assert 0.5 < found.bytes / real.bytes < 1.5
     write(tmp_path / "unused", b"")
+
+
+@pytest.mark.slow
+def test_the_array_script_builds_with_all_its_tasks(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "slurm" / "shards.sbatch"
+    arguments = ["scenes", "--count", "12", "--size", "32", "--samples-per-shard", "2"]
+    printed = []
+    for task in (3, 4):  # an array need not start at 0
+        done = subprocess.run(
+            ["bash", str(script), *arguments, "--output", str(tmp_path / "array")],
+            env={
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "SLURM_CPUS_PER_TASK": "2",
+                "SLURM_ARRAY_TASK_ID": str(task),
+                "SLURM_ARRAY_TASK_MIN": "3",
+                "SLURM_ARRAY_TASK_COUNT": "2",
+            },
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        printed.append(done.stderr)
+    assert "node 0 of 2 is done; the manifest is written by" in printed[0]
+    assert "│ samples" in printed[1]
+    build_shards(list_scenes(12, 0, 32), tmp_path / "one", BuildConfig(2))
+    assert checksums(tmp_path / "array") == checksums(tmp_path / "one")
