@@ -266,7 +266,7 @@ def load_weights(network: Any, state: dict[str, Tensor], path: Path, model: str)
             f"{list(own[_FIRST].shape)}; {advice}"
         )
     try:
-        state = checkpoint_filter_fn(state, network)
+        state = checkpoint_filter_fn(dict(state), network)  # it takes entries out
     except Exception as error:  # made for timm's own files: raises anything on others
         raise InputError(f"weights {path} are not a ViT's ({_reason(error)}); {advice}") from None
     state = {key: value for key, value in state.items() if not key.startswith(_UNUSED)}
