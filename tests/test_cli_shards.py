@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import cli
+from data_pipeline import build_cli, cli
 from data_pipeline.errors import InputError
 from data_pipeline.manifest import read_manifest
 from tests.sample_data import encode, folder_pair, object_mask, released_tree, write
@@ -67,7 +67,9 @@ def test_build_folder(tmp_path: Path) -> None:
     assert [entry.samples for entry in manifest.shards] == [2, 1]
     assert manifest.classes == ("background", "thing", "other")
     assert manifest.failures == 1
-    assert manifest.configuration == {
+    config = manifest.configuration
+    given = ("source", "images", "masks", "labels", "samples_per_shard", "mask_mode")
+    assert {name: config[name] for name in (*given, "shuffle_seed")} == {
         "source": "folder",
         "images": str(images),
         "masks": str(masks),
@@ -112,12 +114,12 @@ def test_build_scenes(tmp_path: Path) -> None:
     assert (table["samples"], table["shards"], table["classes"]) == ("6", "2", "11")
     manifest = read_manifest(tmp_path / "here")
     assert manifest.configuration["size"] == "32"
-    assert manifest.configuration["mask_mode"] == "ids"
+    assert manifest.configuration["mask_mode"] == "auto"
     again = maskbank(*arguments, "--seed", 1, "--output", "here", cwd=tmp_path)
     assert again.returncode == 2
     assert again.stderr == (
-        "maskbank: here holds shard-000000 of another build (other samples or options); "
-        "give --output a new folder, or delete that one first\n"
+        "maskbank: here holds a build with another configuration: seed is '1', was '0'. "
+        "Give the same options to go on with it, or give --output another folder\n"
     )
     assert read_manifest(tmp_path / "here") == manifest
 
@@ -146,7 +148,7 @@ def test_user_errors_are_one_paragraph_and_exit_status_2(
     cases = [
         (("build", "folder", "--images", tmp_path / "no", *out), "no is not a folder"),
         ((*folder, "--masks", tmp_path / "no"), "no is not a folder"),
-        ((*folder, "--mask-mode", "soft"), "--mask-mode is 'soft'; it can be auto, binary or ids"),
+        ((*folder, "--mask-mode", "soft"), "--mask-mode is 'soft'; it can be auto, binary, ids, components"),
         ((*folder, "--samples-per-shard", 0), "samples per shard is 0"),
         ((*folder, "--labels", labels), "--labels and --classes go together"),
         ((*folder, "--classes", empty), "--labels and --classes go together"),
@@ -178,7 +180,7 @@ def test_failures_of_the_system_are_one_paragraph_and_exit_status_1(
     def full(*arguments: object) -> None:
         raise OSError(28, "no space left; free some", "/somewhere")
 
-    monkeypatch.setattr(cli, "build_shards", full)
+    monkeypatch.setattr(build_cli, "build_shards", full)
     status, printed = run_main(capsys, "build", "scenes", "--count", 1, "-o", tmp_path / "out")
     assert (status, printed) == (1, "maskbank: /somewhere: no space left; free some\n")
 

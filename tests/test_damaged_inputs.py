@@ -131,7 +131,9 @@ def test_every_damaged_file_is_named_and_every_good_one_kept(tmp_path: Path) -> 
         for kind in set(kinds.values())
     }
     assert reasons["empty"] == {"the file is empty"}
-    assert all("more than the limit of 100,000,000 pixels" in reason for reason in reasons["header"])
+    assert all(
+        "more than the limit of 100,000,000 pixels" in reason for reason in reasons["header"]
+    )
     assert all(" pixels, its image " in reason for reason in reasons["size"])
 
 
