@@ -71,6 +71,8 @@ class Fetcher:
         self._reported: set[str] = set()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._next_shards: list[int] = []
 
     def fetch(self, positions: NDArray[np.int64]) -> list[FetchedSample]:
         """The samples at these global positions.
@@ -79,13 +81,25 @@ class Fetcher:
             InputError: a sample and all its substitutes cannot be read.
         """
         shards, samples = self.order.locate(positions)
+        self._read_ahead(int(positions[-1]))
         places = zip(positions.tolist(), shards.tolist(), samples.tolist(), strict=True)
         fetched = list(self._pool.map(lambda place: self._fetch_one(*place), places))
         self.invalid_views += sum(not valid for sample in fetched for valid in sample.valid)
         return fetched
 
     def close(self) -> None:
+        self._ahead.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read_ahead(self, position: int) -> None:
+        """Shards at an address are downloaded one window before they are needed."""
+        if self.reader.index.manifest.cache is None:
+            return
+        shards = self.order.next_window(position)
+        if shards != self._next_shards:
+            self._next_shards = shards
+            for shard in shards:
+                self._ahead.submit(self.reader.read_ahead, shard)
 
     def _fetch_one(self, position: int, shard: int, sample: int) -> FetchedSample:
         first_error: SampleError | None = None

@@ -253,10 +253,10 @@ def _parse(root: Path, value: dict[str, Any]) -> Manifest:
 def _shard_entry(value: dict[str, Any]) -> ShardEntry:
     """Raises TypeError or ValueError for a value of the wrong kind."""
     entry = ShardEntry(**value)
-    for field in fields(entry):
-        found = getattr(entry, field.name)
-        if type(found) is not field.type or (isinstance(found, int) and found < 0):
-            raise ValueError(f"shard {entry.name!r} has {field.name} {found!r}")
+    for each in fields(entry):
+        found = getattr(entry, each.name)
+        if type(found) is not each.type or (isinstance(found, int) and found < 0):
+            raise ValueError(f"shard {entry.name!r} has {each.name} {found!r}")
     if not SHARD_NAME.fullmatch(entry.name):  # also keeps the name inside the folder
         raise ValueError(f"it names the shard {entry.name!r}, expected NAME.tar")
     if not _INDEX_NAME.fullmatch(entry.index) or entry.index == FILE_NAME:

@@ -67,6 +67,17 @@ class SampleOrder:
         shard = int(np.searchsorted(self._ends, drawn, side="right"))
         return shard, int(drawn - self._ends[shard] + self.counts[shard])
 
+    def next_window(self, position: int) -> list[int]:
+        """Shards that are read after those which the sample at `position` is mixed with."""
+        epoch, offset = divmod(position, self.samples)
+        self._start_epoch(epoch)
+        window = int(np.searchsorted(self._window_starts, offset, side="right"))
+        shards = self._shards[window * self.window : (window + 1) * self.window]
+        if not len(shards):
+            shuffled = generator(self.seed, _SHARDS, epoch + 1).permutation(len(self.counts))
+            shards = shuffled[: self.window]
+        return [int(shard) for shard in shards]
+
     def _locate_in_epoch(self, epoch: int, offsets: Int64) -> tuple[Int64, Int64]:
         self._start_epoch(epoch)
         windows = np.searchsorted(self._window_starts, offsets, side="right") - 1

@@ -4,6 +4,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
+from contextlib import suppress
 
 from data_pipeline.errors import SampleError
 from data_pipeline.index import DatasetIndex
@@ -34,6 +35,14 @@ class SampleReader:
             raise SampleError("read", f"{self.describe(shard, sample)} has no image")
         mask = self._component(shard, sample, MASK)
         return StoredSample(image, mask, self._component(shard, sample, LABEL) if label else None)
+
+    def read_ahead(self, shard: int) -> None:
+        """Downloads a shard that lies at an address, if it is not in the cache."""
+        manifest = self.index.manifest
+        if manifest.cache is not None:
+            with suppress(OSError):  # told when its samples are read
+                manifest.index_path(manifest.shards[shard])
+                manifest.shard_path(manifest.shards[shard])
 
     def describe(self, shard: int, sample: int) -> str:
         """Shard file and key of a sample, for messages; InputError without its index."""

@@ -77,3 +77,23 @@ def test_the_order_is_pinned() -> None:
         (1, 2),
         (1, 0),
     ]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_the_next_window_is_what_comes_after_this_one(window: int) -> None:
+    counts = [3, 2, 5, 2, 4, 1, 6]
+    order = SampleOrder(counts, seed=4, window=window)
+    shards = order.locate(np.arange(3 * order.samples))[0].tolist()
+    position = 0
+    while position < 2 * order.samples:
+        ahead = order.next_window(position)
+        left = order.samples - position % order.samples  # a window ends with its epoch
+        here = []
+        while len(here) < window and sum(counts[shard] for shard in here) < left:
+            size = sum(counts[shard] for shard in here)
+            here += [s for s in shards[position + size :] if s not in here][:1]
+        end = position + sum(counts[shard] for shard in here)
+        assert {order.next_window(place)[0] for place in range(position, end)} == {ahead[0]}
+        following = sum(counts[shard] for shard in ahead)
+        assert set(shards[end : end + following]) == set(ahead)
+        position = end

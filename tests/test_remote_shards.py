@@ -14,12 +14,15 @@ import pytest
 from data_pipeline.build_config import BuildConfig, BuildOptions
 from data_pipeline.cache import ShardCache
 from data_pipeline.errors import InputError, SampleError
+from data_pipeline.fetch import Fetcher
 from data_pipeline.index import DatasetIndex
 from data_pipeline.manifest import read_manifest
+from data_pipeline.order import SampleOrder
 from data_pipeline.reader import SampleReader
 from data_pipeline.sources.folder import list_folder
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.storage import file_system
+from data_pipeline.views import ViewConfig
 from data_pipeline.write_shards import build_shards
 from tests.s3_server import s3_server, why_not
 from tests.sample_data import build_scene_shards, checksums, folder_pair
@@ -97,6 +100,19 @@ def test_samples_are_read_through_the_cache(local: Path, remote: str, tmp_path: 
     assert copy.read_bytes() == (local / entry.name).read_bytes()
     names = os.listdir(tmp_path / "cache")
     assert not [name for name in names if name.startswith(".")]
+
+
+def test_the_next_window_is_downloaded_ahead(remote: str, tmp_path: Path) -> None:
+    manifest = read_manifest(remote, cache_folder=tmp_path)
+    order = SampleOrder([entry.samples for entry in manifest.shards], 3, 1)
+    fetcher = Fetcher(
+        SampleReader(DatasetIndex(manifest)), order, ViewConfig(image_size=32), threads=1
+    )
+    fetcher.fetch(np.arange(SHARD - 1))  # of the first shard in order
+    fetcher._ahead.shutdown(wait=True)
+    here = {path.name.partition("-")[2] for path in tmp_path.glob("*.tar")}
+    first, second = int(order.locate(np.arange(1))[0][0]), order.next_window(0)[0]
+    assert here == {manifest.shards[first].name, manifest.shards[second].name}
 
 
 def test_the_cache_makes_room_for_what_is_new(local: Path, remote: str, tmp_path: Path) -> None:
