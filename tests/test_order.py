@@ -88,10 +88,7 @@ def test_the_next_window_is_what_comes_after_this_one(window: int) -> None:
     while position < 2 * order.samples:
         ahead = order.next_window(position)
         left = order.samples - position % order.samples  # a window ends with its epoch
-        here = []
-        while len(here) < window and sum(counts[shard] for shard in here) < left:
-            size = sum(counts[shard] for shard in here)
-            here += [s for s in shards[position + size :] if s not in here][:1]
+        here = list(dict.fromkeys(shards[position : position + left]))[:window]
         end = position + sum(counts[shard] for shard in here)
         assert {order.next_window(place)[0] for place in range(position, end)} == {ahead[0]}
         following = sum(counts[shard] for shard in ahead)
