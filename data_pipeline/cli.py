@@ -1,7 +1,9 @@
 """Command line of the data pipeline: `maskbank shards …`."""
 
 import signal
+import sqlite3
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +83,13 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         print(f"maskbank: {error}", file=sys.stderr)
         sys.exit(2)
+    except sqlite3.OperationalError as error:
+        print(
+            f"maskbank: the temporary database in {tempfile.gettempdir()} fails ({error}); "
+            "give TMPDIR a folder with space and run the same command again",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"maskbank: {what}", file=sys.stderr)

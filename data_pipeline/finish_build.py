@@ -1,5 +1,6 @@
 """The end of a build: duplicates out, failures gathered, the manifest written last."""
 
+import hashlib
 import json
 import sqlite3
 import struct
@@ -78,6 +79,7 @@ def finish(
         before = _entries_before(store, complete)
         with store.writing(FAILURES) as file:
             for number, generation in enumerate(record.generations):
+                plans = hashlib.sha256()
                 for line in _unmatched(store, number):
                     file.write(line)
                     failures += 1
@@ -85,6 +87,7 @@ def finish(
                     generation.first_shard, generation.first_shard + generation.shards
                 ):
                     marker = _marker(store, shard)
+                    plans.update(bytes.fromhex(marker["plan"]))
                     for failure in marker["failures"]:
                         file.write(encode_json(failure) + b"\n")
                     failures += len(marker["failures"])
@@ -93,6 +96,11 @@ def finish(
                         entry = before.get(f"{shard_stem(shard)}.tar")  # as it was, in quarantine
                     if entry is not None:
                         entries.append(entry)
+                if plans.hexdigest() != generation.fingerprint:
+                    raise InputError(
+                        f"{store} holds shards of different builds, as of two that were started "
+                        "at once with other options; delete the folder and build again"
+                    )
         if not entries:
             raise InputError(_nothing_left(store, record, failures))
         return _write_manifest(store, record, tuple(entries), failures)

@@ -89,6 +89,24 @@ def test_a_node_that_was_done_before_can_be_asked_again(tmp_path: Path) -> None:
     assert scenes(tmp_path) is not None  # and so can one alone
 
 
+def test_nodes_with_other_options_do_not_make_one_set(tmp_path: Path) -> None:
+    assert scenes(tmp_path, node_rank=0, num_nodes=2) is None
+    begun = (tmp_path / "build.json").read_bytes()
+    (tmp_path / "build.json").unlink()
+    for name in os.listdir(tmp_path):
+        (tmp_path / name).rename(tmp_path.parent / name)
+    build_shards(
+        list_scenes(SCENES, 0, 32), tmp_path, BuildConfig(4, "auto"), BuildOptions(1, 1, 2)
+    )
+    for name in os.listdir(tmp_path.parent):
+        if name.startswith("shard-"):
+            (tmp_path.parent / name).rename(tmp_path / name)
+    (tmp_path / "build.json").write_bytes(begun)
+    with pytest.raises(InputError, match="of another build|of different builds"):
+        scenes(tmp_path, node_rank=0, num_nodes=2)
+    assert not (tmp_path / "manifest.json").exists()
+
+
 def test_ranks_out_of_range_are_refused() -> None:
     for rank, nodes in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(InputError, match="--node-rank is"):
