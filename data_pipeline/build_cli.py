@@ -45,94 +45,47 @@ class Interrupted(Exception):
     """Ctrl-C during a build, after everything has been put in order."""
 
 
+def _option(panel: str) -> Callable[..., Any]:
+    def make(help: str, *names: str) -> Any:
+        return typer.Option(*names, help=help, rich_help_panel=panel)
+
+    return make
+
+
+_what, _how, _where = map(_option, (_WHAT, _HOW, _WHERE))
+_MASK_MODES = (
+    "How mask values are read: auto, binary (half and above), ids, components (every connected "
+    "part is a proposal)."
+)
+
+
 def shared_options(
-    output: Annotated[
-        str,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Folder or s3:// address of the shards: new, or of this very build.",
-            rich_help_panel=_WHERE,
-        ),
-    ],
-    samples_per_shard: Annotated[
-        int, typer.Option(help="Samples a shard, at the most.", rich_help_panel=_HOW)
-    ] = 1000,
-    shard_size: Annotated[
-        str,
-        typer.Option(help="Source bytes a shard, as 500MB or 1GiB.", rich_help_panel=_HOW),
-    ] = "",
-    mask_mode: Annotated[
-        str,
-        typer.Option(
-            help="How mask values are read: auto, binary (half and above), ids, components "
-            "(every connected part is a proposal).",
-            rich_help_panel=_WHAT,
-        ),
-    ] = "auto",
-    min_area: Annotated[
-        float,
-        typer.Option(help="Smallest component, share of the image.", rich_help_panel=_WHAT),
-    ] = 0.01,
-    max_side: Annotated[
-        int,
-        typer.Option(help="Make larger images smaller, to these pixels.", rich_help_panel=_HOW),
-    ] = 0,
-    quality: Annotated[
-        int,
-        typer.Option(help="Of JPEGs that must be encoded again.", rich_help_panel=_HOW),
-    ] = 95,
+    output: Annotated[str, _where("Folder or s3:// address of the shards.", "--output", "-o")],
+    samples_per_shard: Annotated[int, _how("Samples a shard, at the most.")] = 1000,
+    shard_size: Annotated[str, _how("Source bytes a shard, as 500MB or 1GiB.")] = "",
+    max_side: Annotated[int, _how("Make larger images smaller, to these pixels.")] = 0,
+    quality: Annotated[int, _how("Of JPEGs that must be encoded again.")] = 95,
+    shuffle_seed: Annotated[int, _how("Of the shuffle over all shards; -1: key order.")] = 0,
+    append: Annotated[bool, _how("Add to a finished set what is new.", "--append")] = False,
+    retry_failed: Annotated[bool, _how("Try again what failed.", "--retry-failed")] = False,
+    max_failures: Annotated[str, _how("End the build beyond so many, as 100 or 5%.")] = "",
+    dry_run: Annotated[bool, _how("Only say what would be built.", "--dry-run")] = False,
+    mask_mode: Annotated[str, _what(_MASK_MODES)] = "auto",
+    min_area: Annotated[float, _what("Smallest component, share of the image.")] = 0.01,
     lenient: Annotated[
-        bool,
-        typer.Option(
-            "--lenient", help="Take JPEGs that a decoder warns about.", rich_help_panel=_WHAT
-        ),
+        bool, _what("Take JPEGs that a decoder only warns about.", "--lenient")
     ] = False,
-    limit: Annotated[
-        int, typer.Option(help="Only so many samples, in shuffled order.", rich_help_panel=_WHAT)
-    ] = 0,
+    limit: Annotated[int, _what("Only so many samples, in shuffled order; 0: all.")] = 0,
     duplicates: Annotated[
-        str,
-        typer.Option(
-            help="Samples with image, mask and label of another: drop or keep.",
-            rich_help_panel=_WHAT,
-        ),
+        str, _what("Samples with image, mask and label of another: drop or keep.")
     ] = "drop",
-    key_prefix: Annotated[
-        str, typer.Option(help="Put before every key.", rich_help_panel=_WHAT)
-    ] = "",
-    shuffle_seed: Annotated[
-        int,
-        typer.Option(help="Of the shuffle over all shards; -1: key order.", rich_help_panel=_HOW),
-    ] = 0,
+    key_prefix: Annotated[str, _what("Put before every key.")] = "",
     processes: Annotated[
         int,
         typer.Option("--processes", "-p", min=1, help="Workers.", rich_help_panel=_WHERE),
     ] = 2,
-    node_rank: Annotated[
-        int, typer.Option(help="Which node this is, from 0.", rich_help_panel=_WHERE)
-    ] = 0,
-    num_nodes: Annotated[
-        int, typer.Option(help="Nodes that build together.", rich_help_panel=_WHERE)
-    ] = 1,
-    append: Annotated[
-        bool,
-        typer.Option("--append", help="Add to a finished set what is new.", rich_help_panel=_HOW),
-    ] = False,
-    retry_failed: Annotated[
-        bool,
-        typer.Option("--retry-failed", help="Try again what failed.", rich_help_panel=_HOW),
-    ] = False,
-    max_failures: Annotated[
-        str,
-        typer.Option(help="End the build beyond so many, as 100 or 5%.", rich_help_panel=_HOW),
-    ] = "",
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Only say what would be built, and how long.", rich_help_panel=_HOW
-        ),
-    ] = False,
+    node_rank: Annotated[int, _where("Which node this is, from 0.")] = 0,
+    num_nodes: Annotated[int, _where("Nodes that build together.")] = 1,
 ) -> None:
     """The options of every build; never called."""
 
