@@ -21,10 +21,11 @@ from rich.text import Text
 from data_pipeline.errors import InputError
 from data_pipeline.manifest import FILE_NAME, read_manifest
 from data_pipeline.sources.item import read_class_names
+from data_pipeline.storage import is_remote
 from data_pipeline.verify import Problem, read_problems, verify_shards, write_problems
 
 MAX_SHOWN = 50  # problems or failures printed; all of them go to a file
-Root = Annotated[Path, typer.Argument(help="Folder of shards.")]
+Root = Annotated[str, typer.Argument(help="Folder of shards.")]
 Processes = Annotated[int, typer.Option("--processes", "-p", min=1, help="Worker processes.")]
 LevelOption = Annotated[
     str, typer.Option(help="fast (sizes and indexes), hash (every byte) or decode (every pixel).")
@@ -52,7 +53,7 @@ def verify(
 
     Example: `maskbank shards verify shards/train --output problems.jsonl`
     """
-    problems = _verify(root, level, processes)
+    problems = _verify(_folder(root), level, processes)
     if output is not None:
         write_problems(output, problems)
     _show_problems(problems, output)
@@ -80,19 +81,20 @@ def quarantine(
 
     if restore and problems is not None:
         raise InputError("--restore and --problems are two things; do one after the other")
+    folder = _folder(root)
     if restore:
         with _bar("reading", None) as advance:
-            done = restore_samples(root, processes, lambda name: advance(1))
+            done = restore_samples(folder, processes, lambda name: advance(1))
         print_lines([f"put back {done.samples:,} samples; {done.dropped:,} whole shards of them"])
     else:
-        found = _verify(root, level, processes) if problems is None else read_problems(problems)
+        found = read_problems(problems) if problems else _verify(folder, level, processes)
         with _bar("reading", None) as advance:
-            done = quarantine_samples(root, found, processes, lambda name: advance(1))
+            done = quarantine_samples(folder, found, processes, lambda name: advance(1))
         print_lines(
             [
                 f"took {done.samples:,} samples out, {done.dropped:,} whole shards among them; "
                 f"{done.indexes:,} indexes made anew",
-                f"reasons: {root / LOG}",
+                f"reasons: {folder / LOG}",
             ]
         )
     print_lines([f"{done.manifest.samples:,} samples in {len(done.manifest.shards):,} shards now"])
@@ -100,7 +102,7 @@ def quarantine(
 
 
 def reindex(
-    root: Annotated[Path, typer.Argument(help="Folder of tars.")],
+    root: Annotated[str, typer.Argument(help="Folder of tars.")],
     mask_ext: Annotated[str, typer.Option(help="What masks are called after KEY.")] = "mask.png",
     label_ext: Annotated[str, typer.Option(help="What labels are called.")] = "label.png",
     classes: Annotated[Path | None, typer.Option(help="Class names, one a line.")] = None,
@@ -116,20 +118,21 @@ def reindex(
 
     names = MemberNames(mask_ext.removeprefix("."), label_ext.removeprefix("."))
     known = () if classes is None else read_class_names(classes)
-    total = len(list(root.glob("*.tar"))) if root.is_dir() else 0
+    folder = _folder(root)
+    total = len(list(folder.glob("*.tar"))) if folder.is_dir() else 0
     with _bar("indexing", total) as advance:
-        done = reindex_tars(root, names, known, force, processes, lambda tar: advance(1))
+        done = reindex_tars(folder, names, known, force, processes, lambda tar: advance(1))
     manifest = done.manifest
     print_lines(
-        [f"{root / FILE_NAME}: {manifest.samples:,} samples in {len(manifest.shards):,} tars"]
+        [f"{folder / FILE_NAME}: {manifest.samples:,} samples in {len(manifest.shards):,} tars"]
     )
     if done.dropped_labels:
         print_lines(
             [f"{done.dropped_labels:,} labels left out: name their classes with --classes FILE"]
         )
     if done.failures:
-        lines = [f"{done.failures:,} cannot be read in place, see {root / FAILURES}; {ADVICE}"]
-        print_lines([*lines, *_first_failures(root / FAILURES)])
+        lines = [f"{done.failures:,} cannot be read in place, see {folder / FAILURES}; {ADVICE}"]
+        print_lines([*lines, *_first_failures(folder / FAILURES)])
 
 
 def stats(
@@ -146,9 +149,9 @@ def stats(
     """
     from data_pipeline.stats import collect_stats, summary_rows
 
-    shown = pictures if html is not None else 0
-    with _bar("counting", len(read_manifest(root, check_files=False).shards)) as advance:
-        found = collect_stats(root, sample, seed, shown, processes, lambda: advance(1))
+    folder, shown = _folder(root), pictures if html is not None else 0
+    with _bar("counting", len(read_manifest(folder, check_files=False).shards)) as advance:
+        found = collect_stats(folder, sample, seed, shown, processes, lambda: advance(1))
     table = Table(show_header=False)
     for name, value in summary_rows(found):
         table.add_row(name, Text(value, overflow="fold"))
@@ -158,6 +161,12 @@ def stats(
 
         write_page(found, html)
         print_lines([f"written: {html}"])
+
+
+def _folder(root: str) -> Path:
+    if is_remote(root):
+        raise InputError(f"{root} is elsewhere; copy it to a folder of this machine first")
+    return Path(root)
 
 
 def print_lines(lines: Sequence[str]) -> None:

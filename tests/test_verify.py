@@ -261,6 +261,13 @@ def test_the_command_lists_problems_and_says_so_with_its_status(
     assert read_problems(tmp_path / "out.jsonl") == verify_shards(manifest.root)
 
 
+@pytest.mark.parametrize("command", ["verify", "quarantine", "reindex", "stats"])
+def test_an_address_is_refused(app: typer.Typer, command: str) -> None:
+    done = CliRunner().invoke(app, [command, "s3://bucket/shards"])
+    assert isinstance(done.exception, InputError)
+    assert str(done.exception).startswith("s3://bucket/shards is elsewhere; copy it to a folder")
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"file": "a"}', '{"file": 1, "key": "", "x": 1}'])
 def test_a_list_of_something_else_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "problems.jsonl"
