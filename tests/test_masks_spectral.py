@@ -123,7 +123,7 @@ def test_a_side_that_holds_the_corners_is_the_ground() -> None:
 
 
 def test_the_sign_of_the_eigenvector_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = patches(block(slice(2, 5), slice(2, 5)), 0.3)
+    features = patches(block(slice(6, 8), slice(0, 8)), 0.3)  # two corners are on either side
     expected = cut(features)
     monkeypatch.setattr(
         spectral, "second_eigenvector", lambda affinity: -second_eigenvector(affinity)

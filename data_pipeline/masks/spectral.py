@@ -33,7 +33,7 @@ Float64 = NDArray[np.float64]
 
 TAU = 0.2  # cosine above which two patches are joined (section 4, implementation details)
 EPSILON = 1e-5  # weight of all other edges (equation 3)
-MAX_PATCHES = 6400  # a graph of more takes over a GB and a minute
+MAX_PATCHES = 6400  # a graph of more takes a GB, and half a minute to cut
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
