@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from data_pipeline.errors import InputError, SampleError
+from data_pipeline.sources import json_stream
 from data_pipeline.sources.coco import list_coco
 from data_pipeline.sources.coco_classes import (
     CLASSES,
@@ -314,6 +315,12 @@ def test_smaller_instances_lie_on_top_and_crowds_below() -> None:
     np.testing.assert_array_equal(mask[3], [255, 255, 1, 1, 1, 1, 255, 255])
     label = draw_classes(regions, 4, 8, {PERSON: 3, DOG: 5, TOOTHBRUSH: 6})
     np.testing.assert_array_equal(label[0], [3, 3, 3, 3, 5, 5, 3, 3])
+    small_crowd = annotation(1, TOOTHBRUSH, [rectangle(0, 0, 3, 1)], crowd=1)
+    regions = draw_regions([small_crowd, annotations[2]], 4, 8)
+    np.testing.assert_array_equal(draw_proposals(regions, 4, 8)[0], [255, 255, 1, 1, 1, 1, 0, 0])
+    label = draw_classes(regions, 4, 8, {PERSON: 3, DOG: 5, TOOTHBRUSH: 6})
+    np.testing.assert_array_equal(label[0], [6, 6, 3, 3, 3, 3, 0, 0])
+    regions = draw_regions(annotations, 4, 8)
     few = draw_proposals(regions, 4, 8, min_area=0.2)
     assert set(np.unique(few)) == {1, 255}
     with pytest.raises(SampleError, match="has category 1, which is none of COCO's"):
@@ -343,12 +350,14 @@ def test_absurd_sizes_are_failures() -> None:
 # ---------------------------------------------------------------- large JSON
 
 
-def test_lists_are_streamed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_lists_are_streamed(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "_CHUNK", chunk)  # as if the file were as much larger
     value = {
         "info": {"a": [1, {"b": "]}"}]},
         "images": [{"id": n, "name": "x" * n} for n in range(50)],
         "empty": [],
-        "numbers": [1, -2.5, "ä\U0001f600", None, [3]],
+        "numbers": [1, 1234567, -2.5e-3, "ä\U0001f600", None, [3]],
         "last": 12,
     }
     for indent in (None, 2):

@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.sources.image_list import list_images
+from data_pipeline.sources.item import Failure
 from tests.sample_data import folder_pair, object_mask, write
 from tests.source_data import contents, pixels
 
@@ -93,6 +94,19 @@ def test_an_open_quote_does_not_swallow_the_memory(tmp_path: Path) -> None:
     items, failed = contents(list_images(write(tmp_path / "list.csv", text.encode())))
     assert "a" in items
     assert any("field larger than field limit" in reason for reason in failed.values())
+
+
+def test_a_file_without_line_ends_does_not_fill_the_memory(tmp_path: Path) -> None:
+    path = write(tmp_path / "list.csv", b"image\n" + b"x" * (16 << 20))
+    tracemalloc.start()
+    entries = list(list_images(path).entries)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert entries
+    for entry in entries:
+        assert isinstance(entry, Failure)
+        assert "field larger than field limit" in entry.reason
+    assert peak < 8 << 20
 
 
 def test_the_checksum_is_that_of_the_image(tmp_path: Path) -> None:

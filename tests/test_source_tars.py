@@ -13,6 +13,7 @@ import pytest
 
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.sample import safe_key
+from data_pipeline.sources.item import Failure
 from data_pipeline.sources.webdataset_tars import list_tars
 from tests.sample_data import encode, object_mask, picture, write
 from tests.source_data import contents, pixels
@@ -200,6 +201,32 @@ def test_links_sparse_files_and_folders(tmp_path: Path) -> None:
         "x.tar:hard": "its jpg is a link",
         "x.tar:sparse": "its jpg is a sparse file",
     }
+
+
+def test_links_have_no_bytes_whatever_their_header_says(tmp_path: Path) -> None:
+    with (tmp_path / "x.tar").open("wb") as file:
+        for kind in (tarfile.LNKTYPE, tarfile.DIRTYPE):
+            info = tarfile.TarInfo("other.jpg")
+            info.type, info.size, info.linkname = kind, 5000, "a.jpg"
+            file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        file.write(tar(tmp_path / "y.tar", samples("a")).read_bytes())
+    items, failed = contents(list_tars([str(tmp_path / "x.tar")]))
+    assert list(items) == ["a"]
+    assert items["a"].read().image.startswith(b"\xff\xd8")
+    assert failed == {"x.tar:other": "its jpg is a link"}
+
+
+def test_any_damage_is_a_failure(tmp_path: Path) -> None:
+    whole = tar(tmp_path / "y.tar", samples("a" * 120, "b"), tarfile.PAX_FORMAT).read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), rng.integers(1, 2000)):
+            data[place] = rng.integers(256)
+        path = write(tmp_path / "x.tar", bytes(data[: rng.integers(1, len(data) + 1)]))
+        for entry in list_tars([str(path)]).entries:
+            if not isinstance(entry, Failure):
+                assert len(entry.read().image) == entry.sizes()[0]
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
