@@ -225,6 +225,16 @@ def test_without_an_index_a_damaged_tar_cannot_be_trusted(
     assert keys(manifest.root) == keys(pristine)
 
 
+def test_what_was_bad_once_does_not_come_back_with_a_new_index(manifest: Manifest) -> None:
+    """Without the index that leaves it out, nothing tells a bad sample that decodes from others."""
+    damage(manifest, 1, 2, "mask.png")
+    clean(manifest.root)
+    (manifest.root / "shard-000001.quarantine-1.json").unlink()
+    done = clean(manifest.root)
+    assert (done.samples, done.dropped, done.indexes) == (SHARD - 1, 1, 0)
+    assert restore_samples(manifest.root).samples == 0
+
+
 def test_an_idx_is_written_again(manifest: Manifest, pristine: Path) -> None:
     for number, data in enumerate((None, b"", b"v1.2 0\n")):
         path = manifest.root / f"shard-{number:06d}.idx"
