@@ -108,6 +108,10 @@ def test_instances_are_masks_and_labels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(raw.label, label)
     assert listing.classes == names
     assert listing.roots == (tmp_path / SPLIT,)
+    large, _ = contents(list_coco(tmp_path, SPLIT, instance_area=0.1))
+    mask = large["000000000139"].read().mask
+    assert isinstance(mask, np.ndarray)
+    assert mask.max() == 1
 
 
 @pytest.mark.parametrize("labels", ["27", "81"])
@@ -211,8 +215,8 @@ def test_what_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
         list_coco(tmp_path, SPLIT, labels="27")
     with pytest.raises(InputError, match="--labels is '82'; it can be 27, 81, none"):
         list_coco(tmp_path, SPLIT, labels="82")
-    with pytest.raises(InputError, match="--min-area is 1"):
-        list_coco(tmp_path, SPLIT, min_area=1)
+    with pytest.raises(InputError, match="--instance-area is 1"):
+        list_coco(tmp_path, SPLIT, instance_area=1)
     with pytest.raises(InputError, match="no folder of masks 'saliency'"):
         list_coco(tmp_path, SPLIT, "saliency")
     annotations = tmp_path / "annotations" / f"instances_{SPLIT}.json"

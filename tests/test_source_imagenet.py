@@ -165,17 +165,17 @@ def test_splits_without_public_annotations(tmp_path: Path) -> None:
 def test_class_names_from_a_file(tmp_path: Path) -> None:
     imagenet_s_tree(tmp_path)
     released = write(tmp_path / "im50.txt", "\n".join(reversed(WORDNET_IDS)).encode())
-    listing = list_imagenet_s(tmp_path, 50, "validation", names=released)
+    listing = list_imagenet_s(tmp_path, 50, "validation", categories=released)
     assert listing.classes == ("background", *WORDNET_IDS)  # ids are numbered in sorted order
     own = [f"{50 - number} things" for number in range(50)]
     names = write(tmp_path / "names.txt", "\n".join(own).encode())
-    listing = list_imagenet_s(tmp_path, 50, "validation", names=names)
+    listing = list_imagenet_s(tmp_path, 50, "validation", categories=names)
     assert listing.classes == ("background", *own)
     names.write_text("a\nb\n")
     with pytest.raises(InputError, match=r"names\.txt has 2 classes instead of 50"):
-        list_imagenet_s(tmp_path, 50, "validation", names=names)
+        list_imagenet_s(tmp_path, 50, "validation", categories=names)
     (tmp_path / "ImageNetS50" / "validation" / WORDNET_IDS[3]).rmdir()
-    with pytest.raises(InputError, match=r"has 49 classes instead of 50; give --names"):
+    with pytest.raises(InputError, match=r"has 49 classes instead of 50; give --categories"):
         list_imagenet_s(tmp_path, 50, "validation")
     with pytest.raises(InputError, match="--size is 51"):
         list_imagenet_s(tmp_path, 51, "validation")

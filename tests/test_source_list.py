@@ -1,6 +1,7 @@
 """Lists of images as CSV, TSV and Parquet: what a row makes, and what is said of a wrong one."""
 
 import hashlib
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,17 @@ def test_a_missing_image_fails_when_it_is_read(tmp_path: Path) -> None:
     items, _ = contents(list_images(write(tmp_path / "list.csv", b"image\nnowhere.jpg\n")))
     with pytest.raises(SampleError, match=r"nowhere\.jpg cannot be read \(No such file"):
         items["nowhere"].read()
+
+
+def test_what_would_never_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(InputError, match=r"pipe\.csv is no file, and a list is read twice"):
+        list_images(tmp_path / "pipe.csv")
+    items, _ = contents(list_images(write(tmp_path / "list.csv", b"image\n/dev/zero\npipe.csv\n")))
+    for item in items.values():
+        with pytest.raises(SampleError, match="is no file"):
+            item.read()
+    assert len(items) == 2
 
 
 @pytest.mark.parametrize(

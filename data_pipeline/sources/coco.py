@@ -59,13 +59,12 @@ class CocoItem:
     """One image of COCO.
 
     Attributes:
-        key, source: see `Item`.
-        files: its image, and the file of its mask if that is one.
+        files: its image, and its mask if that is a file.
         pixel_map: file of COCO-Stuff's labels; without it they are drawn from the instances.
         instances: compressed JSON: height, width and annotations; empty if they are not needed.
         draw_masks: whether the instances are its mask.
         labels: kind of its labels.
-        min_area: see `draw_proposals`.
+        instance_area: see `draw_proposals`.
     """
 
     files: FileItem
@@ -73,7 +72,7 @@ class CocoItem:
     instances: bytes
     draw_masks: bool
     labels: LabelKind
-    min_area: float
+    instance_area: float
 
     @property
     def key(self) -> str:
@@ -92,7 +91,7 @@ class CocoItem:
             height, width = found["height"], found["width"]
             regions = draw_regions(found["annotations"], height, width)
             if self.draw_masks:
-                mask = draw_proposals(regions, height, width, self.min_area)
+                mask = draw_proposals(regions, height, width, self.instance_area)
             if self.labels == "81" and label is None:
                 label = draw_classes(regions, height, width, thing_classes())
         return RawSample(raw.image, mask, label)
@@ -107,7 +106,7 @@ def list_coco(
     split: str,
     masks: str | None = INSTANCES,
     labels: str = "81",
-    min_area: float = 0.0,
+    instance_area: float = 0.0,
     names: Path | None = None,
 ) -> Listing:
     """Lists one split of COCO 2017.
@@ -119,7 +118,7 @@ def list_coco(
             the images, with or without a sub-folder for the split) takes those; `None` takes none.
         labels: `81`: things, stuff being background; from pixel maps, or from the instances where
             there are none. `27`: super-categories of things and stuff, from pixel maps. `none`.
-        min_area: instances below this share of the image are background.
+        instance_area: instances below this share of the image are background.
         names: file with one image id or name a line: only these (the curated split).
 
     Raises:
@@ -127,8 +126,8 @@ def list_coco(
     """
     if labels not in LABEL_KINDS:
         raise InputError(f"--labels is {labels!r}; it can be {', '.join(LABEL_KINDS)}")
-    if not 0 <= min_area < 1:
-        raise InputError(f"--min-area is {min_area}; it is a share of the image, 0 to 1")
+    if not 0 <= instance_area < 1:
+        raise InputError(f"--instance-area is {instance_area}; it is a share of the image, 0 to 1")
     images = _image_folder(root, split)
     mask_folder = _mask_folder(root, split, masks)
     maps = None if labels == "none" else _pixel_maps(root, split, labels)
@@ -148,12 +147,14 @@ def list_coco(
         "masks": masks or "",
         "labels": labels,
         "label_source": "" if labels == "none" else str(maps or annotations),
-        "instance_area": min_area,
+        "instance_area": instance_area,
         "list": str(names or ""),
     }
     classes = {"27": names_27(), "81": names_81(), "none": ()}[labels]
     roots = tuple(folder for folder in (images, mask_folder, maps) if folder is not None)
-    source = _Split(images, mask_folder, maps, annotations, masks == INSTANCES, labels, min_area)
+    source = _Split(
+        images, mask_folder, maps, annotations, masks == INSTANCES, labels, instance_area
+    )
     return Listing(source.entries(wanted), classes, description, roots)
 
 
@@ -167,7 +168,7 @@ class _Split:
     annotations: Path | None
     draw_masks: bool
     labels: Any
-    min_area: float
+    instance_area: float
 
     def entries(self, wanted: list[str] | None) -> Iterator[CocoItem | Failure]:
         with scratch_database(_SCHEMA) as database:
@@ -220,7 +221,9 @@ class _Split:
             if path is not None and not path.is_file():
                 return Failure(stem, source, "match", f"no {what}: {path} is missing")
         files = FileItem(stem, source, self.images / name, mask, None)
-        return CocoItem(files, pixel_map, instances, self.draw_masks, self.labels, self.min_area)
+        return CocoItem(
+            files, pixel_map, instances, self.draw_masks, self.labels, self.instance_area
+        )
 
 
 def _image_folder(root: Path, split: str) -> Path:

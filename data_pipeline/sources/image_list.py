@@ -54,6 +54,10 @@ class ListedItem:
         return self.files.source
 
     def read(self) -> RawSample:
+        for stage in ("image", "mask", "label"):
+            location = getattr(self.files, stage)
+            if isinstance(location, Path) and location.exists() and not location.is_file():
+                raise SampleError(stage, f"{location} is no file")  # a device would never end
         raw = self.files.read()
         if self.sha256:
             found = hashlib.sha256(raw.image).hexdigest()
@@ -191,6 +195,8 @@ def _explained(path: Location) -> Iterator[None]:
 @contextmanager
 def _open(path: Location) -> Iterator[IO[bytes]]:
     if isinstance(path, Path):
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no file, and a list is read twice: save it as one")
         with path.open("rb") as local:
             yield local
     else:

@@ -64,7 +64,7 @@ def list_imagenet_s(
     split: str = "train",
     masks: Path | None = None,
     labels: bool = True,
-    names: Path | None = None,
+    categories: Path | None = None,
 ) -> Listing:
     """Lists one split of ImageNet-S.
 
@@ -75,8 +75,8 @@ def list_imagenet_s(
         masks: tree of masks with the same class folders, with or without a sub-folder for the
             split. `None` takes none.
         labels: whether annotations become labels, in the splits that have them.
-        names: the release's list of categories, or a name of each class in the order of the sorted
-            WordNet ids. `None`: these ids, from the split's folders.
+        categories: the release's list of categories, or a name for each class in the order of the
+            sorted WordNet ids. `None`: these ids, from the split's folders.
 
     Raises:
         InputError: a folder or file is missing, or the classes are not as many as `size`.
@@ -96,7 +96,7 @@ def list_imagenet_s(
                 f"{annotations} is missing; unpack the annotations of the release there, or build "
                 "without labels: --no-labels"
             )
-        classes = ("background", *_class_names(images, size, names))
+        classes = ("background", *_class_names(images, size, categories))
     mask_tree = None if masks is None else Path(mask_folder(masks, split))
     description = {
         "source": "imagenet_s",
@@ -144,12 +144,12 @@ def _class_names(images: Path, size: int, names: Path | None) -> list[str]:
     if names is None:
         with os.scandir(images) as entries:
             found = sorted(entry.name for entry in entries if _WORDNET_ID.fullmatch(entry.name))
-        where, remedy = images, "give --names the release's list of categories"
+        where, remedy = images, "give --categories the release's list of categories"
     else:
         found = read_names(names, "one category a line")
         if all(_WORDNET_ID.match(name) for name in found):
             found.sort()  # the release's own lists are in no order, and its ids in this one
-        where, remedy = names, "give --names another file"
+        where, remedy = names, "give --categories another file"
     if len(found) != size:
         raise InputError(f"{where} has {len(found)} classes instead of {size}; {remedy}")
     return found
