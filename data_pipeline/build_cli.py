@@ -90,7 +90,9 @@ def shared_options(
     """The options of every build; never called."""
 
 
-def build_command(app: typer.Typer) -> Callable[[Callable[..., Listing]], Callable[..., None]]:
+def build_command(
+    app: typer.Typer, name: str | None = None
+) -> Callable[[Callable[..., Listing]], Callable[..., None]]:
     """Makes a command of a function that returns a listing: its own options, then all shared ones.
 
     The listing's `description` holds what of its options decides the content.
@@ -113,7 +115,7 @@ def build_command(app: typer.Typer) -> Callable[[Callable[..., Listing]], Callab
         command.__annotations__ = {
             each.name: each.annotation for each in [*own.values(), *shared.values()]
         }
-        app.command()(command)
+        app.command(name)(command)
         return command
 
     return decorate
