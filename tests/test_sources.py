@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import tempfile
 import tracemalloc
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from data_pipeline.errors import InputError, SampleError
 from data_pipeline.sources.folder import list_folder
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.sources.item import Failure, read_class_names
+from data_pipeline.sources.scratch import scratch_database
 from data_pipeline.sources.voc import VOC_CLASSES, list_voc
 from tests.sample_data import (
     encode,
@@ -241,6 +243,24 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 100_000  # 4,000 more pairs of names alone are 600 kB
+
+
+def test_what_is_sorted_on_disk_is_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    images, masks = folder_pair(tmp_path, ["a", "b"])
+    entries = iter(list_folder(images, masks).entries)
+    next(entries)
+    assert len(list(temporary.iterdir())) == 1
+    del entries  # abandoned half-way
+    assert list(temporary.iterdir()) == []
+    full = scratch_database("PRAGMA max_page_count = 2; CREATE TABLE file (name TEXT)")
+    with pytest.raises(InputError, match="give TMPDIR a folder with space"), full as database:
+        database.executemany("INSERT INTO file VALUES (?)", [("x" * 1000,)] * 100)
+    assert list(temporary.iterdir()) == []
 
 
 # ---------------------------------------------------------------- PASCAL
