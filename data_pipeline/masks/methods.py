@@ -69,3 +69,26 @@ class OnnxMethod:
             activation=self.activation,
             device=self.device,
         )
+
+
+@dataclass(frozen=True)
+class SpectralMethod:
+    """`spectral.SpectralSaliency`; see its `load` for the fields."""
+
+    model: str
+    weights: Path | None
+    size: int = 480
+    batch_size: int = 8
+    device: str = "cpu"
+
+    def load(self, threads: int) -> Predictor:
+        try:
+            import torch
+
+            from data_pipeline.masks.spectral import SpectralSaliency
+        except ImportError as error:
+            raise InputError(f"this method needs {error.name}: {_REMEDY}") from None
+        torch.set_num_threads(threads)
+        return SpectralSaliency.load(
+            self.model, self.weights, self.size, self.batch_size, self.device
+        )

@@ -1,0 +1,216 @@
+"""What all `maskbank masks make …` commands share: options, progress, the table at the end."""
+
+import functools
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from data_pipeline.errors import InputError
+from data_pipeline.masks.methods import Method
+
+console = Console(stderr=True)
+_MASK, _WHERE = "What a mask is", "Where and by whom"
+_MOST_REASONS = 10
+
+
+class Interrupted(Exception):
+    """Ctrl-C, after everything has been put in order."""
+
+
+def _option(panel: str) -> Callable[..., Any]:
+    def make(help: str, *names: str, **more: Any) -> Any:
+        return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+    return make
+
+
+_mask, _where = map(_option, (_MASK, _WHERE))
+
+
+def shared_options(
+    images: Annotated[str, typer.Option(help="Folder of pictures, searched recursively.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Folder for the masks: new, or of this very command."),
+    ],
+    threshold: Annotated[
+        str,
+        _mask(
+            "Saliency from which on a pixel is object: a number as 0.5, otsu (parts each map into "
+            "two classes), or mean (twice each map's mean)."
+        ),
+    ] = "0.5",
+    min_segment: Annotated[
+        float, _mask("Connected segments under this share of the picture are dropped.")
+    ] = 0.01,
+    min_mask: Annotated[
+        float, _mask("Pictures get no mask if it is under this share of the picture.")
+    ] = 0.01,
+    ids: Annotated[
+        bool, _mask("Write segments as object ids 1…254 instead of one mask of 255.", "--ids")
+    ] = False,
+    processes: Annotated[
+        int, _where("Worker processes; each loads the method.", "--processes", "-p", min=1)
+    ] = 1,
+    threads: Annotated[
+        int, _where("Threads a process; 0: cores / processes.", "--threads", min=0)
+    ] = 0,
+    node_rank: Annotated[int, _where("Which node this is, from 0.")] = 0,
+    num_nodes: Annotated[int, _where("Nodes that share the work and the folder.")] = 1,
+) -> None:
+    """The options of every method; never called."""
+
+
+def make_command(
+    app: typer.Typer, **defaults: Any
+) -> Callable[[Callable[..., Method]], Callable[..., None]]:
+    """Makes a command of a function that returns a method: shared options, then its own.
+
+    Args:
+        app: that gets the command.
+        defaults: of shared options, where this method has others.
+    """
+
+    def decorate(choose: Callable[..., Method]) -> Callable[..., None]:
+        own = inspect.signature(choose).parameters
+        shared = {
+            name: parameter.replace(default=defaults.get(name, parameter.default))
+            for name, parameter in inspect.signature(shared_options).parameters.items()
+        }
+
+        @functools.wraps(choose)
+        def command(**arguments: Any) -> None:
+            given = {name: arguments.pop(name) for name in shared}
+            _make(choose(**arguments), **given)
+
+        every = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for each in [*shared.values(), *own.values()]
+        ]
+        command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in every}
+        app.command()(command)
+        return command
+
+    return decorate
+
+
+def progress_bar(doing: str, fields: str = "") -> Progress:
+    """A bar on a terminal; nothing elsewhere."""
+    return Progress(
+        TextColumn(doing),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *([TextColumn(fields)] if fields else []),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,  # the table at the end says the same, and an error stands alone
+        disable=not console.is_terminal,
+    )
+
+
+def _make(
+    method: Method,
+    *,
+    images: str,
+    output: Path,
+    threshold: str,
+    min_segment: float,
+    min_mask: float,
+    ids: bool,
+    processes: int,
+    threads: int,
+    node_rank: int,
+    num_nodes: int,
+) -> None:
+    from data_pipeline.masks.make_masks import MakeOptions, make_masks
+    from data_pipeline.masks.postprocess import PostprocessConfig
+    from data_pipeline.storage import as_location
+
+    config = PostprocessConfig(_threshold(threshold), min_segment, min_mask, ids)
+    threads = threads or max(1, (os.cpu_count() or 1) // processes)
+    options = MakeOptions(processes, threads, node_rank, num_nodes)
+    start = time.monotonic()
+    counts = "pictures · {task.fields[skipped]} skipped · {task.fields[failed]} failed"
+    with progress_bar("making masks", counts) as bar:
+        try:
+            report = make_masks(
+                as_location(images),
+                output,
+                method,
+                config,
+                options,
+                lambda total: _advance(bar, total),
+            )
+        except KeyboardInterrupt:  # the framework would print a bare "Aborted"
+            raise Interrupted from None
+    _summary(report, output, time.monotonic() - start)
+
+
+def _threshold(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _advance(bar: Progress, total: int) -> Callable[[int, int, int], None]:
+    """Shows what is done, as a bar on a terminal and in tenths elsewhere."""
+    done = skipped = failed = 0
+    task = bar.add_task("", total=total, skipped=0, failed=0)
+
+    def advance(more: int, more_skipped: int, more_failed: int) -> None:
+        nonlocal done, skipped, failed
+        before, done = done, done + more
+        skipped, failed = skipped + more_skipped, failed + more_failed
+        bar.update(task, completed=done, skipped=skipped, failed=failed)
+        if more and not console.is_terminal and 10 * before // total < 10 * done // total:
+            print(
+                f"making masks: {done:,} of {total:,} pictures, {skipped:,} skipped, "
+                f"{failed:,} failed",
+                file=sys.stderr,
+            )
+
+    return advance
+
+
+def _summary(report: Any, output: Path, seconds: float) -> None:
+    from data_pipeline.write_shards import failure_counts
+
+    console.print(Text(str(output)), soft_wrap=True)  # a title would break at the table
+    table = Table(show_header=False)
+    table.add_row("masks made", f"{report.made:,}")
+    if report.kept:
+        table.add_row("there before", f"{report.kept:,}")
+    table.add_row("skipped: nothing salient", f"{report.skipped:,}")
+    table.add_row("[red]failed[/]" if report.failed else "failed", f"{report.failed:,}")
+    speed = f", {1000 * seconds / report.made:,.0f} ms a mask" if report.made else ""
+    table.add_row("time", f"{seconds:.1f} s{speed}")
+    console.print(table)
+    if not report.skipped + report.failed:
+        return
+    with report.failures.open("rb") as file:
+        counts = failure_counts(file)
+    for reason, count in list(counts.items())[:_MOST_REASONS]:
+        console.print(f"  {count:>7,}  {reason}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"each by name: {report.failures}", markup=False, highlight=False, soft_wrap=True)
+    if not report.made + report.kept:
+        raise InputError("not one picture got a mask; the reasons are above")
