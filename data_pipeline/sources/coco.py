@@ -232,7 +232,10 @@ def _image_folder(root: Path, split: str) -> Path:
         if split.strip("./") and folder.is_dir() and next(_image_names(folder), None):
             return folder
     looked = " nor ".join(map(str, candidates))
-    raise InputError(f"no images for --split {split!r}: neither {looked} holds a .jpg")
+    raise InputError(
+        f"no images for --split {split!r}: neither {looked} holds a .jpg; give --root the folder "
+        "above them, and --split train2017 or val2017"
+    )
 
 
 def _image_names(folder: Path) -> Iterator[tuple[bytes]]:

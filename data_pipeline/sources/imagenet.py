@@ -57,5 +57,6 @@ def mask_folder(masks: Location, split: str) -> Location:
 
 
 def _sub_folders(root: Path) -> str:
-    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    visible = (path for path in root.iterdir() if not path.name.startswith("."))
+    names = sorted(path.name for path in visible if path.is_dir())
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "no folder"
