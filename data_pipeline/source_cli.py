@@ -15,13 +15,15 @@ _NO_MASKS = "none"
 
 ClassNames = Annotated[Path | None, typer.Option(help="Class names, one a line, background first.")]
 MaskTree = Annotated[str | None, typer.Option(help="Tree of masks with the same folders.")]
-WithLabels = Annotated[bool, typer.Option(help="Take the labels along.")]
+WithLabels = Annotated[bool, typer.Option(help="Take labels along where there are any.")]
 
 
 @build_command(build_app)
 def folder(
     images: Annotated[str, typer.Option(help="Folder or address of images, searched deeply.")],
-    masks: Annotated[str | None, typer.Option(help="Folder of masks, same stems.")] = None,
+    masks: Annotated[
+        str | None, typer.Option(help="Folder of masks: same stems, or all in one folder.")
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="Folder of class-index labels.")] = None,
     classes: ClassNames = None,
 ) -> Listing:
@@ -172,7 +174,9 @@ def webdataset(
     mask_ext: Annotated[str, typer.Option(help="Component that is the mask; empty: none.")] = (
         "mask.png"
     ),
-    label_ext: Annotated[str, typer.Option(help="Component that is the label.")] = "label.png",
+    label_ext: Annotated[
+        str, typer.Option(help="Component that is the label; read with --classes.")
+    ] = "label.png",
     classes: ClassNames = None,
 ) -> Listing:
     """WebDataset tars that others made, brought into form. (`shards reindex` leaves them be.)

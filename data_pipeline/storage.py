@@ -1,5 +1,6 @@
 """Files here and elsewhere: a `Path`, or an address such as `s3://bucket/name`, by fsspec."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from data_pipeline.errors import InputError
 
 Location = Path | str
+MAX_BYTES = 1 << 30  # of one picture's file
 
 
 def is_remote(location: Location) -> bool:
@@ -36,12 +38,19 @@ def file_system(location: str) -> tuple[Any, str]:
 
 
 def read_location(location: Location) -> bytes:
-    """All bytes of a file; OSError where that fails."""
+    """All bytes of a file; OSError where that fails, or where there are absurdly many."""
     if not is_remote(location):
         with open(location, "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise OSError(errno.EFBIG, f"more than {MAX_BYTES:,} bytes", str(location))
             return file.read()
     system, path = file_system(str(location))
-    data: bytes = system.cat_file(path)
+    try:
+        data: bytes = system.cat_file(path, end=MAX_BYTES)
+    except OSError:
+        raise
+    except Exception as error:  # no keys, no network: each library has errors of its own
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(location)) from None
     return data
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.sources.image_list import list_images
-from data_pipeline.sources.item import Failure
+from data_pipeline.sources.item import Failure, FileItem
+from data_pipeline.storage import MAX_BYTES
 from tests.sample_data import folder_pair, object_mask, write
 from tests.source_data import contents, pixels
 
@@ -229,3 +230,11 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 50_000
+
+
+def test_a_file_of_absurd_size_is_not_read(tmp_path: Path) -> None:
+    image = tmp_path / "a.jpg"
+    with image.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # a hole: it takes no space
+    with pytest.raises(SampleError, match=r"a\.jpg cannot be read \(more than 1,073,741,824 bytes"):
+        FileItem("a", "a.jpg", image, None, None).read()
