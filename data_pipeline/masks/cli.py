@@ -21,8 +21,8 @@ app.add_typer(
     make_app,
     name="make",
     help="Make a mask for every picture of a folder: **prior** needs nothing but the pictures, "
-    "**onnx** and **spectral** need weights that you have. Masks are STEM.png in the same tree, 0 and "
-    "255; a picture in which nothing is salient gets none. Started again, a command goes on.",
+    "**onnx** and **spectral** need weights that you have. Masks are STEM.png in the same tree, "
+    "0 and 255; a picture in which nothing is salient gets none. Started again, a command goes on.",
 )
 
 
@@ -160,7 +160,7 @@ def _show(report: "ScoreReport") -> None:
     table = Table()
     table.add_column("mean over images")
     table.add_column("adaptive threshold", justify="right")
-    table.add_column("best one threshold", justify="right")
+    table.add_column("best fixed threshold", justify="right")
     for name, mean, most, threshold in (
         ("IoU ↑", report.iou, report.iou_max, report.iou_max_threshold),
         ("F-measure, β² = 0.3 ↑", report.f_beta, report.f_beta_max, report.f_beta_max_threshold),
