@@ -150,7 +150,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = BuildConfig(samples_per_shard=250, mask_mode="ids")
-        manifest = build_shards(list_scenes(1000, 0, 320), folder / "shards", config, BuildOptions(8))
+        listing = list_scenes(1000, 0, 320)
+        manifest = build_shards(listing, folder / "shards", config, BuildOptions(8))
         counts = sorted({1, torch.cuda.device_count()})
         rows = [*decoding(manifest), *losses(), *loss_speed()]
         rows += [row for ranks in counts for row in training(manifest, folder, ranks)]

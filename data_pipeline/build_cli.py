@@ -29,15 +29,14 @@ from data_pipeline.build_config import (
     parse_size,
 )
 from data_pipeline.dry_run import Estimate, estimate
-from data_pipeline.finish_build import FAILURES
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import FAILURES, Manifest
 from data_pipeline.plan import Plan
 from data_pipeline.sources.item import Listing
 from data_pipeline.storage import as_location
 from data_pipeline.store import open_store
 from data_pipeline.write_shards import build_shards, failure_counts
 
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)  # `:b:` in a path is no emoji
 _WHAT, _HOW, _WHERE = "What goes in", "How it is built", "Where and by whom"
 
 

@@ -15,7 +15,15 @@ from typing import Any
 from data_pipeline.build_record import BuildRecord, Generation
 from data_pipeline.errors import InputError
 from data_pipeline.files import encode_json, only_writer
-from data_pipeline.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
+from data_pipeline.manifest import (
+    FAILURES,
+    FILE_NAME,
+    DroppedShard,
+    Manifest,
+    ShardEntry,
+    hash_file,
+    read_manifest,
+)
 from data_pipeline.sample import INFO
 from data_pipeline.shard_file import (
     Marker,
@@ -30,8 +38,16 @@ from data_pipeline.sources.item import Failure
 from data_pipeline.store import LocalStore, Store
 from data_pipeline.workers import run_tasks
 
-FAILURES = "failures.jsonl"
 DUPLICATE = "duplicate"  # stage of a failure
+BEFORE = "manifest.before.json"
+
+
+@dataclass(frozen=True)
+class _Quarantined:
+    """A shard of which samples are in quarantine; its place if all of them are."""
+
+    entry: ShardEntry
+    place: int | None
 
 
 @dataclass(frozen=True)
@@ -73,10 +89,14 @@ def finish(
         if not chosen:
             return None
         if current.configuration.get("duplicates") == "drop":
-            losses = list(_find_duplicates(store, numbers, current))
+            # later generations were built knowing of these
+            so_far = [n for n in numbers if n < current.first_shard + current.shards]
+            losses = list(_find_duplicates(store, so_far, current))
             written |= set(run_tasks(_drop_duplicates, losses, min(processes, len(losses) or 1)))
-        entries, failures = [], 0
-        before = _entries_before(store, complete)
+        entries: list[ShardEntry] = []
+        dropped: list[DroppedShard] = []
+        failures = 0
+        before = _before(store)
         with store.writing(FAILURES) as file:
             for number, generation in enumerate(record.generations):
                 plans = hashlib.sha256()
@@ -92,8 +112,14 @@ def finish(
                         file.write(encode_json(failure) + b"\n")
                     failures += len(marker["failures"])
                     entry = shard_entry(store, shard, marker)
-                    if before is not None and shard not in written:
-                        entry = before.get(f"{shard_stem(shard)}.tar")  # as it was, in quarantine
+                    quarantined = before.get(f"{shard_stem(shard)}.tar")
+                    if quarantined and shard not in written and _same(store, quarantined, marker):
+                        entry = quarantined.entry if quarantined.place is None else None
+                        dropped += (
+                            []
+                            if entry
+                            else [DroppedShard(quarantined.place or 0, quarantined.entry)]
+                        )
                     if entry is not None:
                         entries.append(entry)
                 if plans.hexdigest() != generation.fingerprint:
@@ -103,18 +129,37 @@ def finish(
                     )
         if not entries:
             raise InputError(_nothing_left(store, record, failures))
-        return _write_manifest(store, record, tuple(entries), failures)
+        manifest = _write_manifest(store, record, entries, dropped, failures)
+        store.remove(BEFORE)
+        return manifest
+
+
+def set_aside(store: Store) -> None:
+    """Takes the manifest away while shards are written again: no one reads the set meanwhile.
+
+    What it says of quarantine is kept for `finish`.
+    """
+    if store.size(FILE_NAME) < 0:
+        return
+    with store.open(FILE_NAME) as old, store.writing(BEFORE) as file:
+        file.write(old.read())
+    store.remove(FILE_NAME)
 
 
 def _write_manifest(
-    store: Store, record: BuildRecord, entries: tuple[ShardEntry, ...], failures: int
+    store: Store,
+    record: BuildRecord,
+    entries: list[ShardEntry],
+    dropped: list[DroppedShard],
+    failures: int,
 ) -> Manifest:
     first, *others = record.generations
     configuration = dict(first.configuration)
     if others:
         configuration["appended"] = [other.configuration for other in others]
     root = store.root if isinstance(store, LocalStore) else Path()
-    manifest = Manifest(root, entries, tuple(first.classes), failures, configuration)
+    classes = tuple(first.classes)
+    manifest = Manifest(root, tuple(entries), classes, failures, configuration, tuple(dropped))
     with store.writing(FILE_NAME) as file:
         file.write(manifest.encode())
     return manifest if isinstance(store, LocalStore) else read_manifest(str(store))
@@ -124,14 +169,25 @@ def _read_back(store: Store) -> Manifest:
     return read_manifest(str(store))
 
 
-def _entries_before(store: Store, complete: bool) -> dict[str, ShardEntry] | None:
-    """Entries of the manifest that is there: some of their samples may be in quarantine."""
-    if not complete or store.size(FILE_NAME) < 0:
-        return None
-    if not isinstance(store, LocalStore):
-        return None
-    manifest = read_manifest(store.root, check_files=False)
-    return {entry.name: entry for entry in manifest.shards}
+def _before(store: Store) -> dict[str, _Quarantined]:
+    """Tar name -> what the manifest that is or was there had in quarantine."""
+    name = FILE_NAME if store.size(FILE_NAME) >= 0 else BEFORE
+    if not isinstance(store, LocalStore) or store.size(name) < 0:
+        return {}
+    manifest = read_manifest(store.root, check_files=False, name=name)
+    found = [_Quarantined(entry, None) for entry in manifest.shards if entry.quarantined]
+    found += [_Quarantined(shard.entry, shard.place) for shard in manifest.dropped]
+    return {each.entry.name: each for each in found}
+
+
+def _same(store: Store, quarantined: _Quarantined, marker: Marker) -> bool:
+    """Whether a tar is what it was when its samples went into quarantine."""
+    assert isinstance(store, LocalStore)
+    try:
+        found = hash_file(store.root / quarantined.entry.name)
+    except OSError:
+        return True
+    return found != marker["sha256"] or found == quarantined.entry.sha256
 
 
 def _marker(store: Store, number: int) -> Marker:

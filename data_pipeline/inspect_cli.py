@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.errors import InputError
-from data_pipeline.manifest import FILE_NAME, read_manifest
+from data_pipeline.manifest import FAILURES, FILE_NAME, read_manifest
 from data_pipeline.sources.item import read_class_names
 from data_pipeline.storage import is_remote
 from data_pipeline.verify import Problem, read_problems, verify_shards, write_problems
@@ -27,9 +27,9 @@ from data_pipeline.verify import Problem, read_problems, verify_shards, write_pr
 MAX_SHOWN = 50  # problems or failures printed; all of them go to a file
 Root = Annotated[str, typer.Argument(help="Folder of shards.")]
 Processes = Annotated[int, typer.Option("--processes", "-p", min=1, help="Worker processes.")]
-LevelOption = Annotated[
-    str, typer.Option(help="fast (sizes and indexes), hash (every byte) or decode (every pixel).")
-]
+Fast = Annotated[bool, typer.Option("--fast", help="Sizes and indexes only.")]
+Hash = Annotated[bool, typer.Option("--hash", help="Every byte; the default.")]
+Decode = Annotated[bool, typer.Option("--decode", help="Every byte, and every pixel decoded.")]
 console = Console(stderr=True, emoji=False)  # `:b:` is a key, not a picture
 
 
@@ -43,7 +43,9 @@ def add_commands(app: typer.Typer) -> None:
 
 def verify(
     root: Root,
-    level: LevelOption = "hash",
+    fast: Fast = False,
+    every_byte: Hash = False,
+    decode: Decode = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write all problems, as JSON lines.")
     ] = None,
@@ -53,7 +55,7 @@ def verify(
 
     Example: `maskbank shards verify shards/train --output problems.jsonl`
     """
-    problems = _verify(_folder(root), level, processes)
+    problems = _verify(_folder(root), _level(fast, every_byte, decode), processes)
     if output is not None:
         write_problems(output, problems)
     _show_problems(problems, output)
@@ -66,7 +68,9 @@ def quarantine(
     problems: Annotated[
         Path | None, typer.Option(help="What `verify --output` wrote; without it, verifies now.")
     ] = None,
-    level: LevelOption = "hash",
+    fast: Fast = False,
+    every_byte: Hash = False,
+    decode: Decode = False,
     restore: Annotated[
         bool, typer.Option("--restore", help="Put back what is whole again.")
     ] = False,
@@ -87,6 +91,7 @@ def quarantine(
             done = restore_samples(folder, processes, lambda name: advance(1))
         print_lines([f"put back {done.samples:,} samples; {done.dropped:,} whole shards of them"])
     else:
+        level = _level(fast, every_byte, decode)
         found = read_problems(problems) if problems else _verify(folder, level, processes)
         with _bar("reading", None) as advance:
             done = quarantine_samples(folder, found, processes, lambda name: advance(1))
@@ -113,7 +118,7 @@ def reindex(
 
     Example: `maskbank shards reindex downloads --mask-ext seg.png`
     """
-    from data_pipeline.reindex import ADVICE, FAILURES, reindex_tars
+    from data_pipeline.reindex import ADVICE, reindex_tars
     from data_pipeline.tar_samples import MemberNames
 
     names = MemberNames(mask_ext.removeprefix("."), label_ext.removeprefix("."))
@@ -173,6 +178,15 @@ def print_lines(lines: Sequence[str]) -> None:
     """As they are: a path may hold what would be markup, and is not broken."""
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _level(fast: bool, every_byte: bool, decode: bool) -> str:
+    chosen = [
+        name for name, given in (("fast", fast), ("hash", every_byte), ("decode", decode)) if given
+    ]
+    if len(chosen) > 1:
+        raise InputError(f"--{' and --'.join(chosen)} are two levels; give one")
+    return chosen[0] if chosen else "hash"
 
 
 def _verify(root: Path, level: str, processes: int) -> list[Problem]:

@@ -15,6 +15,7 @@ from data_pipeline.storage import is_remote
 FORMAT = "maskbank-shards"
 VERSION = 1
 FILE_NAME = "manifest.json"
+FAILURES = "failures.jsonl"  # beside it: what did not become part of a shard
 
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 _INDEX_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.json")
@@ -126,6 +127,7 @@ def read_manifest(
     check_files: bool = True,
     cache_folder: Path | None = None,
     cache_gib: float = DEFAULT_GIB,
+    name: str = FILE_NAME,
 ) -> Manifest:
     """Reads and checks the manifest of a folder of shards.
 
@@ -135,6 +137,7 @@ def read_manifest(
             are not looked at (see `missing_shards`). Contents are checked on reading, and what
             is elsewhere only then.
         cache_folder, cache_gib: where files of an address are kept, and how much of them.
+        name: of the manifest, in the folder.
 
     Raises:
         InputError: no manifest, one of another program or version, or shards that do not fit it.
@@ -147,10 +150,10 @@ def read_manifest(
         root = cache.folder
     else:
         root = Path(root)
-        path = str(root / FILE_NAME)
+        path = str(root / name)
         if not Path(path).is_file():
             raise InputError(
-                f"{root} holds no {FILE_NAME}, so it is no finished set of shards; "
+                f"{root} holds no {name}, so it is no finished set of shards; "
                 "make one with `maskbank shards build`, or run an interrupted build again"
             )
         value = read_json(Path(path), "manifest", _REMEDY)

@@ -9,13 +9,12 @@ from typing import Any
 from data_pipeline.errors import InputError
 from data_pipeline.files import atomic_write, encode_json, only_writer, read_json
 from data_pipeline.index import INDEX_VERSION, dali_index
-from data_pipeline.manifest import FILE_NAME, SHARD_NAME, Manifest, ShardEntry
+from data_pipeline.manifest import FAILURES, FILE_NAME, SHARD_NAME, Manifest, ShardEntry
 from data_pipeline.sample import LABEL, MASK
 from data_pipeline.sources.item import Failure
 from data_pipeline.tar_samples import MemberNames, TarSamples, scan_tar
 from data_pipeline.workers import run_tasks
 
-FAILURES = "failures.jsonl"
 ADVICE = "`maskbank shards build webdataset` writes them again in the form that is read"
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from data_pipeline.files import encode_json, parse_json
-from data_pipeline.index import INDEX_VERSION
+from data_pipeline.index import INDEX_VERSION, dali_index
 from data_pipeline.manifest import ShardEntry
 from data_pipeline.sample import LABEL, MASK, PackedSample
 from data_pipeline.sources.item import Failure
@@ -98,7 +98,7 @@ def write_shard(
         store.remove(f"{stem}.idx")
     else:
         with store.writing(f"{stem}.idx") as file:
-            file.write(dali_index(writer.samples).encode())
+            file.write(dali_index(writer.samples))
     marker["failures"] = [asdict(failure) for failure in failures]
     marker["samples"] = writer.samples
     with store.writing(f"{stem}.json") as file:
@@ -167,19 +167,6 @@ def read_components(
                     )
                 components[component] = data
             yield sample, components
-
-
-def dali_index(samples: list[dict[str, Any]]) -> str:
-    """wds2idx v1.2: a sample a line, `extension offset size filename` for each component."""
-    lines = [f"v1.2 {len(samples)}"]
-    for sample in samples:
-        lines.append(
-            " ".join(
-                f"{name} {extent[0]} {extent[1]} {sample['key']}.{name}"
-                for name, extent in sample["components"].items()
-            )
-        )
-    return "\n".join(lines) + "\n"
 
 
 def _ustar_header(name: bytes, size: int) -> bytes:

@@ -19,7 +19,7 @@ from data_pipeline.build_config import BuildConfig, BuildOptions
 from data_pipeline.build_record import open_record
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.files import only_writer
-from data_pipeline.finish_build import finish
+from data_pipeline.finish_build import finish, set_aside
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Plan, PlannedShard, PlanReader
 from data_pipeline.sample import PackedSample, pack_sample
@@ -102,7 +102,7 @@ def build_shards(
             generation = record.begin(plan, listing.classes)
             store.clean(lambda name: _is_ours(name, options))
             if options.retry_failed:
-                store.remove("manifest.json")  # until all is well again, no one reads this set
+                set_aside(store)
             tasks = _tasks(plan, store, config, listing, options)
             advance = _count_failures(plan, options, (progress or _silent)(plan))
             written = set()

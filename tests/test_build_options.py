@@ -22,16 +22,19 @@ from data_pipeline.dry_run import estimate
 from data_pipeline.errors import InputError
 from data_pipeline.index import DatasetIndex
 from data_pipeline.manifest import Manifest, read_manifest
+from data_pipeline.quarantine import quarantine_samples
 from data_pipeline.reader import SampleReader
 from data_pipeline.sample import decode_grey, decode_rgb
 from data_pipeline.sources.folder import list_folder
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.sources.item import Listing
+from data_pipeline.verify import verify_shards
 from data_pipeline.write_shards import build_shards
 from tests.sample_data import (
     BytesItem,
     checksums,
     encode,
+    flip_byte,
     folder_pair,
     object_mask,
     picture,
@@ -102,7 +105,7 @@ def test_nodes_with_other_options_do_not_make_one_set(tmp_path: Path) -> None:
         if name.startswith("shard-"):
             (tmp_path.parent / name).rename(tmp_path / name)
     (tmp_path / "build.json").write_bytes(begun)
-    with pytest.raises(InputError, match="of another build|of different builds"):
+    with pytest.raises(InputError, match=r"of another build|of different builds"):
         scenes(tmp_path, node_rank=0, num_nodes=2)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -366,3 +369,37 @@ def test_the_array_script_builds_with_all_its_tasks(tmp_path: Path) -> None:
     assert "│ samples" in printed[1]
     build_shards(list_scenes(12, 0, 32), tmp_path / "one", BuildConfig(2))
     assert checksums(tmp_path / "array") == checksums(tmp_path / "one")
+
+
+# ---------------------------------------------------------------- quarantine
+
+
+def test_what_is_in_quarantine_stays_there(tmp_path: Path) -> None:
+    images, masks = folder_pair(tmp_path / "source", [f"s{number}" for number in range(9)])
+    mended = (images / "s8.jpg").read_bytes()
+    (images / "s8.jpg").write_bytes(b"broken")
+    output, config = tmp_path / "shards", BuildConfig(3, shuffle_seed=-1)
+    build_shards(list_folder(images, masks), output, config)
+    extent = DatasetIndex(read_manifest(output)).shard(0).extent(1, "image")
+    assert extent is not None
+    flip_byte(output / "shard-000000.tar", extent[0] + 50)
+    with (output / "shard-000001.tar").open("r+b") as file:
+        file.write(bytes((output / "shard-000001.tar").stat().st_size))
+    quarantine_samples(output, verify_shards(output, "hash"))
+    left = ["s0", "s2", "s6", "s7"]
+    assert keys(output) == left
+    # neither the same build once more, nor one that appends or retries, brings them back
+    build_shards(list_folder(images, masks), output, config)
+    assert keys(output) == left
+    folder_pair(tmp_path / "more", ["t0"])
+    more = list_folder(tmp_path / "more/images", tmp_path / "more/masks")
+    build_shards(more, output, BuildConfig(3, duplicates="keep"), BuildOptions(append=True))
+    assert keys(output) == [*left, "t0"]
+    (images / "s8.jpg").write_bytes(mended)
+    build_shards(list_folder(images, masks), output, config, BuildOptions(retry_failed=True))
+    assert keys(output) == [*left, "s8", "t0"]
+    assert [problem.file for problem in verify_shards(output, "hash")] == []
+    # a shard that is lost is written again, whole
+    (output / "shard-000001.tar").unlink()
+    build_shards(list_folder(images, masks), output, config)
+    assert keys(output) == ["s0", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "t0"]

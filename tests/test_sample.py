@@ -21,7 +21,6 @@ from data_pipeline.sample import (
     decode_grey,
     decode_mask,
     decode_rgb,
-    encode_png,
     pack_sample,
 )
 from tests.sample_data import HEIGHT, WIDTH, encode, object_mask, palette_png, picture

@@ -229,7 +229,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
         assert sum(1 for _ in list_images(path).entries) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 50_000
+    assert peaks[1] < peaks[0] + 200_000  # rows that were kept would be 800 kB
 
 
 def test_a_file_of_absurd_size_is_not_read(tmp_path: Path) -> None:
