@@ -5,9 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from skimage.color import rgb2lab
 
 from data_pipeline.errors import InputError, SampleError
-from data_pipeline.masks.background_prior import BackgroundPrior, PriorConfig, predict_saliency
+from data_pipeline.masks.background_prior import (
+    BackgroundPrior,
+    PriorConfig,
+    _boundary_connectivity,
+    _Superpixels,
+    predict_saliency,
+)
 from data_pipeline.masks.measures import measure
 from data_pipeline.masks.postprocess import (
     PostprocessConfig,
@@ -62,6 +69,43 @@ def test_a_ground_that_an_object_cuts_in_two_is_one() -> None:
     saliency = predict_saliency(image, CONFIG)
     assert saliency[22:38, 28:52].mean() > 0.7
     assert max(saliency[:, :20].mean(), saliency[:, 60:].mean()) < 0.15
+
+
+def strips(colours: list[float], border: list[bool]) -> _Superpixels:
+    """Superpixels side by side, of these grey levels (CIE-Lab L) and places at the border."""
+    count = len(colours)
+    lab = np.zeros((count, 3))
+    lab[:, 0] = colours
+    numbers = np.arange(count)
+    pairs = np.stack([numbers[:-1], numbers[1:]], 1)
+    centres = np.stack([np.full(count, 0.5), (numbers + 0.5) / count], 1)
+    return _Superpixels(numbers[None], lab, centres, np.ones(count), np.array(border), pairs)
+
+
+def connectivity(regions: _Superpixels) -> Any:
+    distance = np.abs(regions.colours[:, None, 0] - regions.colours[None, :, 0])
+    return _boundary_connectivity(regions, distance)
+
+
+def test_boundary_connectivity_is_border_by_root_of_area() -> None:
+    """A ground that is cut in two is one; the object in between touches no border."""
+    regions = strips([50, 50, 50, 95, 50, 50, 50], [True, False, False] + [False] * 3 + [True])
+    expected = np.full(7, 2 / np.sqrt(6))
+    expected[3] = 0
+    np.testing.assert_allclose(connectivity(regions), expected, atol=0.02)
+
+
+def test_a_ground_that_changes_slowly_is_one() -> None:
+    regions = strips([10, 16, 22, 28, 34, 40], [True, False, False, False, False, False])
+    np.testing.assert_allclose(connectivity(regions), 1 / np.sqrt(6), atol=1e-6)
+
+
+def test_superpixels_keep_to_edges() -> None:
+    image, inside = disc((40, 90, 200), (230, 180, 40))
+    regions = _Superpixels.of(rgb2lab(image), 100)
+    share = regions.mean(inside.astype(float))
+    assert 70 < len(share) < 130
+    assert regions.sizes[(share > 0.1) & (share < 0.9)].sum() < 0.02 * inside.size
 
 
 def test_scenes_are_found_better_than_by_any_constant_guess() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from data_pipeline.errors import InputError
 from data_pipeline.masks.make_cli import Interrupted, console, make_command, progress_bar
@@ -185,7 +186,7 @@ def _show(report: "ScoreReport") -> None:
             lowest.add_column(heading, justify="left" if heading == "mask" else "right")
         for each in report.worst:
             values = (each.iou, each.f_beta, each.mae, each.s_measure)
-            lowest.add_row(each.key, *(f"{value:.4f}" for value in values))
+            lowest.add_row(Text(each.key), *(f"{value:.4f}" for value in values))
         console.print(lowest)
 
 

@@ -25,7 +25,7 @@ from rich.text import Text
 from data_pipeline.errors import InputError
 from data_pipeline.masks.methods import Method
 
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)
 _MASK, _WHERE = "What a mask is", "Where and by whom"
 _MOST_REASONS = 10
 
