@@ -402,6 +402,46 @@ def run_command(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.slow
+def test_the_command_makes_masks_with_a_network(tmp_path: Path) -> None:
+    from tests.test_masks_onnx import channel, save
+
+    images = tree(tmp_path)
+    network = save(tmp_path / "red.onnx", *channel(0), sides=("height", "width"))
+    options = "--size 32 --mean 0,0,0 --std 1,1,1 --activation none -p 2"
+    folders = ("--images", str(images), "-o", str(tmp_path / "masks"))
+    done = run_command("make", "onnx", "--weights", str(network), *options.split(), *folders)
+    assert done.returncode == 0, done.stderr
+    make(images, tmp_path / "red")
+    expected = {name for name in contents(tmp_path / "red") if name.endswith(".png")}
+    assert {name for name in contents(tmp_path / "masks") if name.endswith(".png")} == expected
+    for name in expected:
+        found = decode_grey((tmp_path / "masks" / name).read_bytes(), "mask")
+        truth = decode_grey((tmp_path / "red" / name).read_bytes(), "mask")
+        assert (found != truth).mean() < 0.06  # edges are at the network's size
+    assert json.loads((tmp_path / "masks" / "masks.json").read_text())["threshold"] == 0.5
+    refused = run_command("make", "onnx", "--weights", str(network), "--mean", "half", *folders)
+    assert "--mean is 'half'; expected three numbers" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_vision_transformer_makes_the_same_masks_in_processes(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from tests.test_masks_spectral import MODEL, state
+
+    for number in range(3):
+        write(tmp_path / "images" / f"{number}.png", encode(render_scene(5, number, 60, 80).image))
+    save_file(state(), tmp_path / "vit.safetensors")
+    method = SpectralMethod(MODEL, tmp_path / "vit.safetensors", size=96)
+    for processes in (1, 2):
+        make_masks(
+            tmp_path / "images", tmp_path / str(processes), method, CONFIG, MakeOptions(processes)
+        )
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert list((tmp_path / "1").glob("*.png"))
+
+
+@pytest.mark.slow
 def test_the_command_tells_what_became_of_the_pictures(tmp_path: Path) -> None:
     images = tmp_path / "images"
     for number in range(3):

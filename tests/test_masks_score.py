@@ -276,3 +276,13 @@ def test_the_command_shows_a_table_and_writes_json(tmp_path: Path) -> None:
     write_report(expected, tmp_path / "expected.json")
     assert output.read_bytes() == (tmp_path / "expected.json").read_bytes()
     assert json.loads(output.read_text())["iou"] == pytest.approx(0.5)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_without_a_data_set() -> None:
+    command = [sys.executable, "-m", "benchmarks.masks", "--scenes", "4", "--pictures", "2"]
+    command += ["--rounds", "1", "--processes", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "stamps20 is left out: give --root its folder" in done.stdout
+    assert done.stdout.count("| scenes, 4 |") == 2
