@@ -282,7 +282,7 @@ def test_the_command_shows_a_table_and_writes_json(tmp_path: Path) -> None:
 def test_the_benchmark_runs_without_a_data_set() -> None:
     command = [sys.executable, "-m", "benchmarks.masks", "--scenes", "4", "--pictures", "2"]
     command += ["--rounds", "1", "--processes", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "stamps20 is left out: give --root its folder" in done.stdout
     assert done.stdout.count("| scenes, 4 |") == 2

@@ -151,7 +151,7 @@ def score(
                 lambda more: bar.advance(task, more),
             )
         except KeyboardInterrupt:
-            raise Interrupted from None
+            raise Interrupted("interrupted; nothing was written") from None
     _show(report)
     if output is not None:
         write_report(report, output)
@@ -209,11 +209,8 @@ def main(arguments: list[str] | None = None) -> None:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"maskbank: {what}", file=sys.stderr)
         sys.exit(1)
-    except (Interrupted, KeyboardInterrupt):
-        print(
-            "maskbank: interrupted; run the same command again to go on: finished masks are kept",
-            file=sys.stderr,
-        )
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"maskbank: {stop}" if str(stop) else "maskbank: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 

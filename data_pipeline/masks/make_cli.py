@@ -31,7 +31,7 @@ _MOST_REASONS = 10
 
 
 class Interrupted(Exception):
-    """Ctrl-C, after everything has been put in order."""
+    """Ctrl-C, after everything has been put in order; says what is left."""
 
 
 def _option(panel: str) -> Callable[..., Any]:
@@ -161,7 +161,9 @@ def _make(
                 lambda total: _advance(bar, total),
             )
         except KeyboardInterrupt:  # the framework would print a bare "Aborted"
-            raise Interrupted from None
+            raise Interrupted(
+                "interrupted; run the same command again to go on: finished masks are kept"
+            ) from None
     _summary(report, output, time.monotonic() - start)
 
 
