@@ -104,3 +104,17 @@ def test_pixels_travel_where_that_moves_fewer_bytes() -> None:
     # a chunk is 6.3 ms on the wire; the second is there while the first is attended to
     hasty = dataclasses.replace(machine, encoder_seconds=0.001)
     assert cost_model.cost(hasty, 600_000, 1 << 20, 4, 4).exposed == pytest.approx(5.3e-3, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_building_and_the_plain_loop_are_measured(tmp_path: Path) -> None:
+    where = ("--samples", "100", "--side", "32", "--rounds", "1")
+    rows = figures(tmp_path / "a", "benchmarks.shards", *where)
+    assert [row["samples"] for row in rows] == [10] * 3 + [100] * 3
+    assert all(row["seconds"] > 0 and row["memory"] > 10 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_build_that_is_killed_ends_in_the_same_bytes() -> None:
+    printed = run("benchmarks.killed_builds", "--runs", "2", "--kills", "1", "--seed", "3")
+    assert printed.startswith("2 of 2 runs ended in the same bytes; ")
