@@ -49,6 +49,9 @@ class _Quarantined:
     entry: ShardEntry
     place: int | None
 
+    def whole(self) -> list[DroppedShard]:
+        return [] if self.place is None else [DroppedShard(self.place, self.entry)]
+
 
 @dataclass(frozen=True)
 class _Loss:
@@ -112,14 +115,10 @@ def finish(
                         file.write(encode_json(failure) + b"\n")
                     failures += len(marker["failures"])
                     entry = shard_entry(store, shard, marker)
-                    quarantined = before.get(f"{shard_stem(shard)}.tar")
-                    if quarantined and shard not in written and _same(store, quarantined, marker):
-                        entry = quarantined.entry if quarantined.place is None else None
-                        dropped += (
-                            []
-                            if entry
-                            else [DroppedShard(quarantined.place or 0, quarantined.entry)]
-                        )
+                    kept = before.get(f"{shard_stem(shard)}.tar")
+                    if kept and shard not in written and _same(store, kept, marker):
+                        entry = kept.entry if kept.place is None else None
+                        dropped += kept.whole()
                     if entry is not None:
                         entries.append(entry)
                 if plans.hexdigest() != generation.fingerprint:
