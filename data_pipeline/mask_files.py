@@ -90,7 +90,8 @@ def connected_components(objects: NDArray[np.bool_], min_area: float) -> UInt8:
     """
     parts, count = ndimage.label(objects, structure=np.ones((3, 3), bool))
     areas = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-    large = np.flatnonzero(areas >= max(1.0, min_area * objects.size))
+    # a part of just the smallest share stays, however its product rounds
+    large = np.flatnonzero(areas >= max(1.0, min_area * objects.size * (1 - 1e-12)))
     if len(large) > MAX_PROPOSAL:
         by_area = np.argsort(-areas[large], kind="stable")[:MAX_PROPOSAL]
         large = np.sort(large[by_area])

@@ -46,7 +46,9 @@ def open_checked(
     if not data:
         raise SampleError(stage, "the file is empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        # Pillow's JPEG opener finds out about MPO itself
+        openers = tuple(name for name in formats if name != "MPO")
+        image = Image.open(io.BytesIO(data), formats=openers)
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise SampleError(
