@@ -6,7 +6,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
 from data_pipeline.errors import SampleError
 from data_pipeline.pictures import open_checked, png_chunks, turn
@@ -88,6 +87,8 @@ def connected_components(objects: NDArray[np.bool_], min_area: float) -> UInt8:
 
     In the order of their first pixels; of more than 254 the largest are kept.
     """
+    from scipy import ndimage  # takes a third of a second, and few masks need it
+
     parts, count = ndimage.label(objects, structure=np.ones((3, 3), bool))
     areas = np.bincount(parts.ravel(), minlength=count + 1)[1:]
     # a part of just the smallest share stays, however its product rounds

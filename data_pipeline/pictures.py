@@ -23,6 +23,7 @@ _TURNS = {  # EXIF orientation -> what brings stored pixels upright; 1 and unkno
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -59,9 +60,10 @@ def open_checked(
             raise SampleError(
                 stage, f"is an animation or has pages, {frames} of them; expected one picture"
             )
-        orientation = image.getexif().get(_EXIF_ORIENTATION)  # asked before a TIFF is turned
-        if image.format == "PNG":
-            png_chunks(data)
+        # Pillow looks for a PNG's orientation at its end, in chunks of metadata alone
+        plain = image.format == "PNG" and _PIXEL_CHUNKS.issuperset(png_chunks(data))
+        # asked before a TIFF is turned
+        orientation = 1 if plain else image.getexif().get(_EXIF_ORIENTATION)
         if image.format == "JPEG" and not lenient:
             check_jpeg(data)
         if image.format != "JPEG" or image.mode not in ("RGB", "L") or lenient:

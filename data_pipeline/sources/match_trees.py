@@ -22,11 +22,12 @@ _Folders = tuple[Location, Location | None, Location | None]
 _IMAGE = 0  # the kinds of files, by the place of their folder
 _PARTNERS = ("mask", "label")
 _SCHEMA = "CREATE TABLE file (stem BLOB, kind INTEGER, path BLOB, base BLOB)"
+_PICTURES = IMAGE_SUFFIXES | OTHER_PICTURES
 
 
 def pictures(folder: Location) -> Iterator[str]:
     """Relative paths of all pictures below a folder, also of kinds that are not read."""
-    return (path for path in walk_files(folder) if _suffix(path) in IMAGE_SUFFIXES | OTHER_PICTURES)
+    return (path for path in walk_files(folder) if _suffix(path) in _PICTURES)
 
 
 def match_trees(
