@@ -29,7 +29,7 @@ from data_pipeline.shard_file import (
     Marker,
     ShardWriter,
     read_components,
-    read_marker,
+    read_marker_bytes,
     shard_entry,
     shard_stem,
     write_shard,
@@ -109,12 +109,12 @@ def finish(
                 for shard in range(
                     generation.first_shard, generation.first_shard + generation.shards
                 ):
-                    marker = _marker(store, shard)
+                    marker, data = _marker_bytes(store, shard)
                     plans.update(bytes.fromhex(marker["plan"]))
                     for failure in marker["failures"]:
                         file.write(encode_json(failure) + b"\n")
                     failures += len(marker["failures"])
-                    entry = shard_entry(store, shard, marker)
+                    entry = shard_entry(shard, marker, data)
                     kept = before.get(f"{shard_stem(shard)}.tar")
                     if kept and shard not in written and _same(store, kept, marker):
                         entry = kept.entry if kept.place is None else None
@@ -190,10 +190,14 @@ def _same(store: Store, quarantined: _Quarantined, marker: Marker) -> bool:
 
 
 def _marker(store: Store, number: int) -> Marker:
-    marker = read_marker(store, number)
-    if marker is None:
+    return _marker_bytes(store, number)[0]
+
+
+def _marker_bytes(store: Store, number: int) -> tuple[Marker, bytes]:
+    found = read_marker_bytes(store, number)
+    if found is None:
         raise InputError(f"{store}/{shard_stem(number)}.json has vanished; run the command again")
-    return marker
+    return found
 
 
 def _unmatched(store: Store, generation: int) -> Iterator[bytes]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.errors import SampleError
 
@@ -74,6 +74,9 @@ def open_checked(
         raise SampleError(
             stage, f"says that it has far more than the limit of {MAX_PIXELS:,} pixels"
         ) from None
+    except UnidentifiedImageError:  # its text holds an address in memory, another each time
+        kinds = ", ".join(formats)
+        raise SampleError(stage, f"cannot be decoded (not, or no whole, {kinds})") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, …
         raise SampleError(stage, f"cannot be decoded ({str(error)[:200]})") from None
     return image, orientation if orientation in _TURNS else 1

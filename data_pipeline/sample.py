@@ -58,6 +58,7 @@ UInt8 = NDArray[np.uint8]
 Values = NDArray[np.unsignedinteger[Any]]
 
 _KEY = re.compile(r"[A-Za-z0-9_/-]{1,90}")
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 _COPIED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _PNG_BIT_DEPTH = 24  # its place in a PNG file
 
@@ -157,16 +158,15 @@ def pack_sample(
     if raw.mask is not None:
         mask, plain = _read(raw.mask, policy)
         components[MASK], mask = _pack_values(mask, "mask", frame, raw.mask if plain else None)
-        areas = np.bincount(mask.ravel(), minlength=256)[1 : MAX_PROPOSAL + 1]
-        proposals = int(np.count_nonzero(areas))
+        proposals, area = _count_objects(mask)
         info["proposals"] = proposals
-        info["object_share"] = round(int(areas.sum()) / mask.size, 6)
+        info["object_share"] = round(area / mask.size, 6)
     if raw.label is not None:
         label: Values
         label, plain = read_label(raw.label) if isinstance(raw.label, bytes) else (raw.label, False)
         _check_classes(label, num_classes)
         components[LABEL], _ = _pack_values(label, "label", frame, raw.label if plain else None)
-    components[INFO] = json.dumps(info, sort_keys=True, separators=(",", ":")).encode()
+    components[INFO] = _ENCODER.encode(info).encode()
     return PackedSample(key, components, height, width, proposals)
 
 
@@ -218,6 +218,15 @@ def _limited(size: tuple[int, int], max_side: int) -> tuple[int, int]:
         return size
     width, height = (max(1, round(side * max_side / largest)) for side in size)
     return width, height
+
+
+def _count_objects(mask: UInt8) -> tuple[int, int]:
+    """Proposals, and pixels of all of them."""
+    if mask.max() <= 1:  # most masks, and much quicker
+        area = int(np.count_nonzero(mask))
+        return int(area > 0), area
+    areas = np.bincount(mask.ravel(), minlength=256)[1 : MAX_PROPOSAL + 1]
+    return int(np.count_nonzero(areas)), int(areas.sum())
 
 
 def _read(mask: bytes | UInt8, policy: Policy) -> tuple[UInt8, bool]:

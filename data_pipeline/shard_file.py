@@ -112,17 +112,23 @@ def read_marker(store: Store, number: int) -> Marker | None:
     Raises:
         InputError: it is damaged.
     """
+    found = read_marker_bytes(store, number)
+    return None if found is None else found[0]
+
+
+def read_marker_bytes(store: Store, number: int) -> tuple[Marker, bytes] | None:
+    """`read_marker`, and the bytes of the file."""
     name = f"{shard_stem(number)}.json"
     try:
         with store.open(name) as file:
             data = file.read()
     except FileNotFoundError:
         return None
-    return parse_json(data, f"{store}/{name}", "shard index", _REMEDY)
+    return parse_json(data, f"{store}/{name}", "shard index", _REMEDY), data
 
 
-def shard_entry(store: Store, number: int, marker: Marker) -> ShardEntry | None:
-    """What the manifest says of a shard; `None` for one without samples."""
+def shard_entry(number: int, marker: Marker, data: bytes) -> ShardEntry | None:
+    """What the manifest says of a shard with this marker; `None` for one without samples."""
     samples = marker["samples"]
     if not samples:
         return None
@@ -133,7 +139,7 @@ def shard_entry(store: Store, number: int, marker: Marker) -> ShardEntry | None:
         labels=sum(LABEL in sample["components"] for sample in samples),
         bytes=marker["bytes"],
         sha256=marker["sha256"],
-        index_sha256=hashlib.sha256(encode_json(marker) + b"\n").hexdigest(),
+        index_sha256=hashlib.sha256(data).hexdigest(),
     )
 
 

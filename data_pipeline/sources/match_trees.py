@@ -66,6 +66,11 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
+def _place(folder: Location, path: str) -> str:
+    """As text: path objects of millions of files take long to make."""
+    return f"{str(folder).rstrip('/')}/{path}"
+
+
 def _load(database: sqlite3.Connection, kind: int, folder: Location) -> None:
     found = pictures(folder) if kind == _IMAGE else walk_files(folder)
 
@@ -121,7 +126,7 @@ def _matched(
         if folder is None:
             partners.append(None)
             continue
-        partners.append(below(folder, found[0]) if found else None)
+        partners.append(_place(folder, found[0]) if found else None)
         if not files[0]:
             for path in found:
                 reason = f"{what} without an image"
@@ -136,4 +141,4 @@ def _matched(
         elif missing:
             yield Failure(stem, path, "match", missing)
         else:
-            yield FileItem(stem, path, below(images, path), *partners)
+            yield FileItem(stem, path, _place(images, path), *partners)
