@@ -1,6 +1,7 @@
 """How fast are shards built, with how much memory, and against a plain ShardWriter loop?
 
     python -m benchmarks.shards [--samples 100000] [--side 96] [--rounds 3] [--folder DIR]
+    python -m benchmarks.shards --memory 10000,100000,1000000
 
 The loop reads, decodes and checks every image and mask with Pillow, brings masks into the same
 form and hands them to `webdataset.ShardWriter`. Rounds are interleaved. Pictures are made once, in
@@ -175,6 +176,32 @@ def ours(pictures: Path, output: Path, processes: int) -> list[str]:
     return [*command, "--output", str(output), "--processes", str(processes)]
 
 
+def from_list(pictures: Path, output: Path, rows: int, processes: int) -> list[str]:
+    """A build of `rows` samples from the same few files, each row with a key of its own."""
+    images = sorted((pictures / "images").rglob("*.jpg"))
+    path = output.with_suffix(".csv")
+    with path.open("w") as file:
+        file.write("key,image,mask\n")
+        for number in range(rows):
+            image = images[number % len(images)]
+            mask = pictures / "masks" / image.relative_to(pictures / "images").with_suffix(".png")
+            file.write(f"{number:08d},{image.resolve()},{mask.resolve()}\n")
+    command = [sys.executable, "-m", "data_pipeline.cli", "build", "list", "--list", str(path)]
+    command += ["--duplicates", "keep", "--output", str(output)]
+    return [*command, "--processes", str(processes)]
+
+
+def measure_memory(folder: Path, counts: list[int], side: int) -> None:
+    cores = len(os.sched_getaffinity(0))
+    pictures = folder / f"pictures-1000-{side}"
+    make_pictures(pictures, 1000, side)
+    for rows in counts:
+        row = {"arm": "memory", "samples": rows}
+        row |= run(from_list(pictures, folder / "out", rows, cores))
+        print(json.dumps(row), flush=True)
+        shutil.rmtree(folder / "out")
+
+
 def theirs(pictures: Path, output: Path) -> list[str]:
     return [sys.executable, "-m", "benchmarks.shards", "--loop", str(pictures), str(output)]
 
@@ -186,6 +213,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--output", type=Path, help="JSON lines of what was measured.")
+    parser.add_argument("--memory", help="Only memory, of so many samples, as 10000,1000000.")
     parser.add_argument("--loop", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.loop:
@@ -194,6 +222,9 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as name:
         folder = options.folder or Path(name)
+        if options.memory:
+            measure_memory(folder, [int(n) for n in options.memory.split(",")], options.side)
+            return
         rows = []
         for samples in (options.samples // 10, options.samples):
             pictures = folder / f"pictures-{samples}-{options.side}"

@@ -1,24 +1,14 @@
 """What all `maskbank shards build …` commands share: options, progress, the table at the end."""
 
-import functools
 import inspect
 import logging
-import sys
 import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -34,24 +24,19 @@ from data_pipeline.plan import Plan
 from data_pipeline.sources.item import Listing
 from data_pipeline.storage import as_location
 from data_pipeline.store import open_store
+from data_pipeline.terminal import (
+    Interrupted,
+    console,
+    option,
+    print_tenths,
+    progress_bar,
+    with_shared_options,
+)
 from data_pipeline.write_shards import build_shards, failure_counts
 
-console = Console(stderr=True, emoji=False)  # `:b:` in a path is no emoji
 _WHAT, _HOW, _WHERE = "What goes in", "How it is built", "Where and by whom"
 
-
-class Interrupted(Exception):
-    """Ctrl-C during a build, after everything has been put in order."""
-
-
-def _option(panel: str) -> Callable[..., Any]:
-    def make(help: str, *names: str) -> Any:
-        return typer.Option(*names, help=help, rich_help_panel=panel)
-
-    return make
-
-
-_what, _how, _where = map(_option, (_WHAT, _HOW, _WHERE))
+_what, _how, _where = map(option, (_WHAT, _HOW, _WHERE))
 _MASK_MODES = (
     "How mask values are read: auto, binary (half and above), ids, components (every connected "
     "part is a proposal)."
@@ -97,23 +82,13 @@ def build_command(
     The listing's `description` holds what of its options decides the content.
     """
 
+    shared = inspect.signature(shared_options).parameters
+
     def decorate(list_source: Callable[..., Listing]) -> Callable[..., None]:
-        own = inspect.signature(list_source).parameters
-        shared = inspect.signature(shared_options).parameters
+        def run(own: dict[str, Any], given: dict[str, Any]) -> None:
+            _build(list_source(**own), **given)
 
-        @functools.wraps(list_source)
-        def command(**arguments: Any) -> None:
-            given = {name: arguments.pop(name) for name in shared}
-            listing = list_source(**arguments)
-            _build(listing, **given)
-
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [each.replace(kind=keyword) for each in [*own.values(), *shared.values()]]
-        )
-        command.__annotations__ = {
-            each.name: each.annotation for each in [*own.values(), *shared.values()]
-        }
+        command = with_shared_options(list_source, shared, run)
         app.command(name)(command)
         return command
 
@@ -143,23 +118,15 @@ def _build(
         return
     logging.basicConfig(format="%(levelname)s: %(message)s")
     start = time.monotonic()
-    with Progress(
-        TextColumn("building"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("samples · {task.fields[failed]} failed"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,  # the table at the end says the same, and an error stands alone
-        disable=not console.is_terminal,
-    ) as bar:
+    with progress_bar("building", "samples · {task.fields[failed]} failed") as bar:
         try:
             manifest = build_shards(
                 listing, as_location(output), config, options, lambda plan: _advance(bar, plan)
             )
         except KeyboardInterrupt:  # the framework would print a bare "Aborted"
-            raise Interrupted from None
+            raise Interrupted(
+                "interrupted; run the same command again to go on: finished shards are kept"
+            ) from None
     if manifest is None:
         console.print(
             f"node {node_rank} of {num_nodes} is done; the manifest is written by the node that "
@@ -185,8 +152,9 @@ def _advance(bar: Progress, plan: Plan) -> Callable[[int, int], None]:
         nonlocal done, failed
         before, done, failed = done, done + more, failed + failures
         bar.update(task, completed=done, failed=failed)
-        if more and not console.is_terminal and 10 * before // total < 10 * done // total:
-            print(f"building: {done:,} of {total:,} samples, {failed:,} failed", file=sys.stderr)
+        if more:
+            text = f"building: {done:,} of {total:,} samples, {failed:,} failed"
+            print_tenths(before, done, total, text)
 
     return advance
 

@@ -19,7 +19,6 @@ from data_pipeline.store import Store
 FILE_NAME = "build.json"
 VERSION = 1
 _REMEDY = "delete the folder and build the shards again"
-_NO_OPTION = "another folder"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class BuildRecord:
         if self.generations and self.generations[0].classes != classes:
             raise InputError(
                 f"{self.store} has the classes {', '.join(self.generations[0].classes) or 'none'}, "
-                f"what is to be appended {', '.join(classes) or 'none'}; use {_NO_OPTION}"
+                f"what is to be appended {', '.join(classes) or 'none'}; use another folder"
             )
         if self.generations and not plan.samples:
             self.number -= 1  # nothing to append: the last one is finished once more
@@ -135,7 +134,7 @@ class BuildRecord:
         ]
         return (
             f"{self.store} holds a build with another configuration: {'; '.join(differ)}. "
-            f"Give the same options to go on with it, or give --output {_NO_OPTION}"
+            f"Give the same options to go on with it, or give --output another folder"
         )
 
     def _check_same(self, now: Generation) -> None:
@@ -150,7 +149,7 @@ class BuildRecord:
             what = "as many samples, but others"
         raise InputError(
             f"the source of {self.store} has changed since the build began: it gives {what}. "
-            f"Bring it back to what it was, give --output {_NO_OPTION}, or, once the build is "
+            f"Bring it back to what it was, give --output another folder, or, once the build is "
             "finished, add what is new with --append"
         )
 

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ DEFAULT_FOLDER = Path("~/.cache/maskbank")
 DEFAULT_GIB = 100.0
 _TRIES = 4  # with 1, 2 and 4 seconds in between
 _BLOCK = 1 << 20
+_COPY = re.compile(r"[0-9a-f]{32}-.+\.(tar|json)")  # what `ShardCache.local` calls its files
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
@@ -104,7 +106,7 @@ class ShardCache:
         files = []
         for path in self.folder.iterdir():
             with suppress(OSError):
-                if not path.name.startswith(".") and path != newest:
+                if _COPY.fullmatch(path.name) and path != newest:  # never what others keep there
                     status = path.stat()
                     files.append((status.st_mtime, status.st_size, path))
         total = newest.stat().st_size + sum(size for _, size, _ in files)

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from itertools import islice
 
 from data_pipeline.build_config import BuildConfig
-from data_pipeline.errors import SampleError
 from data_pipeline.plan import Plan, PlanReader
-from data_pipeline.sample import pack_sample
+from data_pipeline.sample import PackedSample
 from data_pipeline.sources.item import Failure, Listing
+from data_pipeline.write_shards import pack_all
 
 TRIED = 200
 _OVERHEAD = 3 * 768  # bytes of tar headers and padding a sample, about
+_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -34,41 +35,28 @@ def estimate(listing: Listing, config: BuildConfig, processes: int) -> Estimate:
     """Plans a build and packs its first samples in memory; writes nothing."""
     start = time.perf_counter()
     with closing(Plan(listing, config)) as plan:
-        planning = time.perf_counter() - start
-        size, tried, examples = 0, 0, []
-        failed = 0
-        start = time.perf_counter()
-        items = (
-            item
-            for shard in plan.planned_shards()
-            for item in PlanReader(plan.path).items(shard.number)
-        )
-        for key, item in islice(items, TRIED):
-            tried += 1
-            try:
-                packed = pack_sample(
-                    key, item.source, item.read(), config.policy(), len(listing.classes) or None
-                )
-                size += _OVERHEAD + sum(len(data) for data in packed.components.values())
-            except (SampleError, OSError) as error:
-                failed += 1
-                stage, reason = (
-                    (error.stage, error.reason)
-                    if isinstance(error, SampleError)
-                    else ("read", str(error))
-                )
-                examples.append(Failure(key, item.source, stage, reason))
-        seconds = time.perf_counter() - start
+        planned = time.perf_counter()
+        reader, size = PlanReader(plan.path), 0
+
+        def weigh(sample: PackedSample, source: str, sizes: tuple[int, ...]) -> None:
+            nonlocal size
+            size += _OVERHEAD + sum(len(data) for data in sample.components.values())
+
+        items = (item for shard in plan.planned_shards() for item in reader.items(shard.number))
+        num_classes = len(listing.classes) or None
+        failures = pack_all(islice(items, TRIED), config, num_classes, listing.roots, weigh)
+        packing = time.perf_counter() - planned
+        tried = min(TRIED, plan.samples)
         scale = plan.samples / max(1, tried)
-        examples = [*islice(plan.unmatched_failures(), 3), *examples][:5]
+        examples = [*islice(plan.unmatched_failures(), 3), *failures]
         return Estimate(
             plan.samples,
             plan.shards,
             plan.unmatched,
             round(size * scale),
-            planning + seconds * scale / processes,
+            planned - start + packing * scale / processes,
             processes,
             tried,
-            failed,
-            tuple(examples),
+            len(failures),
+            tuple(examples[:_EXAMPLES]),
         )

@@ -81,6 +81,10 @@ def sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
+class FolderInUse(InputError):
+    """Another process is writing there."""
+
+
 @contextmanager
 def only_writer(folder: Path, shared: bool = False) -> Iterator[None]:
     """Keeps other processes that ask for it out of `folder`; ends with the process, however.
@@ -90,7 +94,7 @@ def only_writer(folder: Path, shared: bool = False) -> Iterator[None]:
         shared: only those are kept out that do not share it.
 
     Raises:
-        InputError: another process is writing there.
+        FolderInUse: another process is writing there.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -98,7 +102,7 @@ def only_writer(folder: Path, shared: bool = False) -> Iterator[None]:
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
+            raise FolderInUse(
                 f"another process is writing to {folder} at this moment; wait until it has ended, "
                 "or give --output another folder"
             ) from None

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import sqlite3
 import struct
-import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 from data_pipeline.build_record import BuildRecord, Generation
 from data_pipeline.errors import InputError
-from data_pipeline.files import encode_json, only_writer
+from data_pipeline.files import FolderInUse, encode_json, only_writer
 from data_pipeline.manifest import (
     FAILURES,
     FILE_NAME,
@@ -25,6 +23,7 @@ from data_pipeline.manifest import (
     read_manifest,
 )
 from data_pipeline.sample import INFO
+from data_pipeline.scratch import scratch_database
 from data_pipeline.shard_file import (
     Marker,
     ShardWriter,
@@ -40,6 +39,7 @@ from data_pipeline.workers import run_tasks
 
 DUPLICATE = "duplicate"  # stage of a failure
 BEFORE = "manifest.before.json"
+_SAMPLES = "CREATE TABLE sample (content BLOB, earlier INTEGER, key TEXT, shard INTEGER)"
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,13 @@ def finish(
         for generation in record.generations
         for number in range(generation.first_shard, generation.first_shard + generation.shards)
     ]
-    if any(store.size(f"{shard_stem(number)}.json") < 0 for number in numbers):
+    names = store.names()
+    if not names.issuperset(f"{shard_stem(number)}.json" for number in numbers):
         return None
     complete = record.finished == len(record.generations)
-    if complete and not written and store.size(FILE_NAME) >= 0:
+    if complete and not written and FILE_NAME in names:
         with _only_finisher(store):
-            return _read_back(store)
+            return read_manifest(str(store))
     with _only_finisher(store) as chosen:
         if not chosen:
             return None
@@ -164,10 +165,6 @@ def _write_manifest(
     return manifest if isinstance(store, LocalStore) else read_manifest(str(store))
 
 
-def _read_back(store: Store) -> Manifest:
-    return read_manifest(str(store))
-
-
 def _before(store: Store) -> dict[str, _Quarantined]:
     """Tar name -> what the manifest that is or was there had in quarantine."""
     name = FILE_NAME if store.size(FILE_NAME) >= 0 else BEFORE
@@ -217,15 +214,11 @@ def _nothing_left(store: Store, record: BuildRecord, failures: int) -> str:
     store.remove("build.json")
     if not failures:
         return f"there is no sample to write to {store}; check the source's folders and lists"
-    told = _failure(first)
+    told = Failure(**json.loads(first))
     return (
         f"not one of {failures} samples could be used; the first, {told.source}: "
         f"{told.stage}: {told.reason}. All are in {store}/{FAILURES}"
     )
-
-
-def _failure(line: bytes) -> Failure:
-    return Failure(**json.loads(line))
 
 
 @contextmanager
@@ -241,9 +234,7 @@ def _only_finisher(store: Store) -> Iterator[bool]:
             yield True
             for left in store.root.glob(".node-*-of-*"):  # of nodes that were killed
                 left.unlink(missing_ok=True)
-    except InputError as error:
-        if "another process is writing" not in str(error):
-            raise
+    except FolderInUse:
         yield False
     finally:
         lock.unlink(missing_ok=True)
@@ -259,14 +250,7 @@ def _find_duplicates(store: Store, numbers: list[int], current: Generation) -> I
     Sizes and CRC-32 of image, mask and label tell which may be equal; their bytes decide.
     """
     losses: dict[int, dict[str, str]] = {}
-    with (
-        tempfile.NamedTemporaryFile(prefix="maskbank-samples-") as file,
-        closing(sqlite3.connect(file.name)) as database,
-    ):
-        database.executescript(
-            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE;"
-            "CREATE TABLE sample (content BLOB, earlier INTEGER, key TEXT, shard INTEGER)"
-        )
+    with scratch_database(_SAMPLES) as database:
         for number in numbers:
             rows = _contents(_marker(store, number), number, number < current.first_shard)
             database.executemany("INSERT INTO sample VALUES (?, ?, ?, ?)", rows)

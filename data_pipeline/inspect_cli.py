@@ -6,15 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +13,8 @@ from data_pipeline.errors import InputError
 from data_pipeline.manifest import FAILURES, FILE_NAME, read_manifest
 from data_pipeline.sources.item import read_class_names
 from data_pipeline.storage import is_remote
-from data_pipeline.verify import Problem, read_problems, verify_shards, write_problems
+from data_pipeline.terminal import console, progress_bar
+from data_pipeline.verify import Level, Problem, read_problems, verify_shards, write_problems
 
 MAX_SHOWN = 50  # problems or failures printed; all of them go to a file
 Root = Annotated[str, typer.Argument(help="Folder of shards.")]
@@ -30,7 +22,6 @@ Processes = Annotated[int, typer.Option("--processes", "-p", min=1, help="Worker
 Fast = Annotated[bool, typer.Option("--fast", help="Sizes and indexes only.")]
 Hash = Annotated[bool, typer.Option("--hash", help="Every byte; the default.")]
 Decode = Annotated[bool, typer.Option("--decode", help="Every byte, and every pixel decoded.")]
-console = Console(stderr=True, emoji=False)  # `:b:` is a key, not a picture
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -180,22 +171,21 @@ def print_lines(lines: Sequence[str]) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _level(fast: bool, every_byte: bool, decode: bool) -> str:
-    chosen = [
-        name for name, given in (("fast", fast), ("hash", every_byte), ("decode", decode)) if given
-    ]
+def _level(fast: bool, every_byte: bool, decode: bool) -> Level:
+    given: dict[Level, bool] = {"fast": fast, "hash": every_byte, "decode": decode}
+    chosen = [level for level in given if given[level]]
     if len(chosen) > 1:
         raise InputError(f"--{' and --'.join(chosen)} are two levels; give one")
     return chosen[0] if chosen else "hash"
 
 
-def _verify(root: Path, level: str, processes: int) -> list[Problem]:
+def _verify(root: Path, level: Level, processes: int) -> list[Problem]:
     try:
         total: int | None = len(read_manifest(root, check_files=False).shards)
     except InputError:
         total = None  # told as a problem, or again
     with _bar("verifying", total) as advance:
-        return verify_shards(root, level, processes, lambda check: advance(1))  # type: ignore[arg-type]
+        return verify_shards(root, level, processes, lambda check: advance(1))
 
 
 def _show_problems(problems: list[Problem], output: Path | None) -> None:
@@ -228,16 +218,6 @@ def _first_failures(path: Path) -> Iterator[str]:
 @contextmanager
 def _bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar of shards, where someone is looking."""
-    with Progress(
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("shards"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,  # what is printed at the end says the same, and an error stands alone
-        disable=not console.is_terminal,
-    ) as bar:
+    with progress_bar(title, "shards") as bar:
         task = bar.add_task("", total=total)
         yield lambda more: bar.advance(task, more)

@@ -19,6 +19,7 @@ FAILURES = "failures.jsonl"  # beside it: what did not become part of a shard
 
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 _INDEX_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "copy it here again or build the shards again"
 _BLOCK = 1 << 20
 Data = bytes  # in `Manifest`, that name is a count
@@ -264,6 +265,9 @@ def _shard_entry(value: dict[str, Any]) -> ShardEntry:
         raise ValueError(f"it names the shard {entry.name!r}, expected NAME.tar")
     if not _INDEX_NAME.fullmatch(entry.index) or entry.index == FILE_NAME:
         raise ValueError(f"it names the index {entry.index!r}, expected NAME.json")
+    for checksum in (entry.sha256, entry.index_sha256):  # also part of names in a cache
+        if not _SHA256.fullmatch(checksum):
+            raise ValueError(f"shard {entry.name!r} has the checksum {checksum!r}")
     return entry
 
 

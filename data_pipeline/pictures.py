@@ -117,7 +117,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(image.convert("RGB")))
 
 
-def encode_grey_png(values: Any) -> bytes:
+def encode_png(values: Any) -> bytes:
     """8- or 16-bit grey PNG of uint8 or uint16 [H, W]; the same bytes for the same values.
 
     Differences of rows (PNG's filter "up") are long runs in a mask, which run-length coding makes

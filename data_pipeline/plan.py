@@ -18,11 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.build_config import BuildConfig
-from data_pipeline.errors import InputError
 from data_pipeline.sample import safe_key
+from data_pipeline.scratch import open_scratch
 from data_pipeline.sources.item import Failure, Item, Listing
 
-_CACHE_KIB = 16384
+_SCHEMA = """
+CREATE TABLE listed (key BLOB, rank INTEGER, size INTEGER, source BLOB, data BLOB);
+CREATE TABLE unmatched (key BLOB, source BLOB, stage BLOB, reason BLOB);
+CREATE TABLE skipped (key BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE wanted (key BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE placed (shard INTEGER, place INTEGER, item INTEGER, PRIMARY KEY (shard, place))
+    WITHOUT ROWID;
+CREATE TABLE shard (number INTEGER PRIMARY KEY, samples INTEGER, fingerprint TEXT);
+"""
 
 
 @dataclass(frozen=True)
@@ -65,17 +73,11 @@ class Plan:
         self.path = Path(self._folder.name) / "plan.sqlite"
         self.first_shard = first_shard
         self.passed_over = 0
-        try:
-            with closing(_connect(self.path)) as database:
-                self._list(database, listing, config, skipped, only)
-                self._number_duplicates(database)
-                self._cut(database, listing.classes, config)
-                self.unmatched = _count(database, "unmatched")
-        except sqlite3.OperationalError as error:
-            raise InputError(
-                f"the plan cannot be kept in {self._folder.name} ({error}); "
-                "give TMPDIR a folder with space"
-            ) from None
+        with open_scratch(self.path, _SCHEMA) as database:
+            self._list(database, listing, config, skipped, only)
+            self._fail_shared_keys(database)
+            self._cut(database, listing.classes, config)
+            self.unmatched = _count(database, "unmatched")
 
     def close(self) -> None:
         self._folder.cleanup()
@@ -135,7 +137,7 @@ class Plan:
             database.execute("DELETE FROM listed WHERE key NOT IN (SELECT key FROM wanted)")
         self.passed_over = before - _count(database, "listed")
 
-    def _number_duplicates(self, database: sqlite3.Connection) -> None:
+    def _fail_shared_keys(self, database: sqlite3.Connection) -> None:
         """Samples that share a key all fail: none is silently the winner."""
         database.execute("CREATE INDEX by_key ON listed (key)")
         shared = "SELECT key FROM listed GROUP BY key HAVING count(*) > 1"
@@ -201,25 +203,6 @@ class PlanReader:
         )
         for key, data in self._database.execute(query, (shard,)):
             yield _text(key), pickle.loads(data)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path)
-    # nothing here survives the run, so nothing is synced
-    database.executescript(
-        f"""
-        PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE;
-        PRAGMA cache_size = -{_CACHE_KIB};
-        CREATE TABLE listed (key BLOB, rank INTEGER, size INTEGER, source BLOB, data BLOB);
-        CREATE TABLE unmatched (key BLOB, source BLOB, stage BLOB, reason BLOB);
-        CREATE TABLE skipped (key BLOB PRIMARY KEY) WITHOUT ROWID;
-        CREATE TABLE wanted (key BLOB PRIMARY KEY) WITHOUT ROWID;
-        CREATE TABLE placed (shard INTEGER, place INTEGER, item INTEGER,
-                             PRIMARY KEY (shard, place)) WITHOUT ROWID;
-        CREATE TABLE shard (number INTEGER PRIMARY KEY, samples INTEGER, fingerprint TEXT);
-        """
-    )
-    return database
 
 
 def _flush(database: sqlite3.Connection, unmatched: list[tuple[bytes, ...]]) -> None:

@@ -31,7 +31,7 @@ from data_pipeline.mask_files import (
 )
 from data_pipeline.pictures import (
     MAX_PIXELS,
-    encode_grey_png,
+    encode_png,
     open_checked,
     open_image,
     to_rgb,
@@ -46,6 +46,7 @@ __all__ = [
     "MAX_PROPOSAL",
     "MaskMode",
     "decode_mask",
+    "encode_png",
     "open_image",
 ]
 
@@ -183,11 +184,6 @@ def decode_grey(data: bytes, stage: str) -> UInt8:
     return np.asarray(image)
 
 
-def encode_png(values: UInt8) -> bytes:
-    """8-bit grey PNG of uint8 [H, W]; the same bytes for the same values."""
-    return encode_grey_png(values)
-
-
 def _pack_image(data: bytes, policy: Policy) -> tuple[str, bytes, _Frame]:
     """Component name and bytes of the upright image; encoded again only where it has to be."""
     image, orientation = open_checked(data, "image", lenient=policy.lenient)
@@ -248,7 +244,7 @@ def _pack_values(
         matched = np.asarray(small).astype(matched.dtype)
     if data is not None and matched is values:
         return data, matched
-    return encode_grey_png(matched), matched
+    return encode_png(matched), matched
 
 
 def _match_size(values: Any, stage: str, frame: _Frame) -> Any:

@@ -191,7 +191,7 @@ def _count_failures(plan: Plan, options: BuildOptions, advance: Progress) -> Pro
         if limit is not None and failed > limit:
             raise InputError(
                 f"{failed:,} samples have failed, more than --max-failures allows; what is "
-                f"finished stays: look at the reasons in the newest shard-*.json and "
+                "finished stays: look at the reasons in the newest shard-*.json and "
                 "unmatched-*.jsonl, and run the same command again with a higher limit to go on"
             )
 
@@ -215,7 +215,7 @@ def _write_shard(task: _Task) -> _Done:
         items = _open_plan(task.plan).items(number)
 
         def fill(writer: ShardWriter) -> list[Failure]:
-            return _pack_all(items, task, writer.add)
+            return pack_all(items, task.config, task.num_classes, task.roots, writer.add)
 
         marker = write_shard(task.store, number, task.shard.fingerprint, fill)
     failed = sum(failure["stage"] != "duplicate" for failure in marker["failures"])
@@ -260,28 +260,40 @@ def _can_be_used_now(task: _Task, marker: Marker, items: dict[str, Item]) -> boo
         if failure["stage"] != "duplicate"
     ]
     packed: list[PackedSample] = []
-    _pack_all(failed, task, lambda sample, source, sizes: packed.append(sample))
+    pack_all(
+        failed,
+        task.config,
+        task.num_classes,
+        task.roots,
+        lambda sample, source, sizes: packed.append(sample),
+    )
     return bool(packed)
 
 
-def _pack_all(
+def pack_all(
     items: Iterable[tuple[str, Item]],
-    task: _Task,
+    config: BuildConfig,
+    num_classes: int | None,
+    roots: tuple[Path, ...],
     add: Callable[[PackedSample, str, tuple[int, ...]], None],
 ) -> list[Failure]:
-    """Packs samples one by one; returns those that cannot be used."""
-    failures, policy = [], task.config.policy()
+    """Packs samples one by one for `add`; returns those that cannot be used.
+
+    Raises:
+        InputError: one of `roots`, the folders that they come from, is gone.
+    """
+    failures, policy = [], config.policy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about metadata that is not taken along
         for key, item in items:
             try:
-                sample = pack_sample(key, item.source, item.read(), policy, task.num_classes)
+                sample = pack_sample(key, item.source, item.read(), policy, num_classes)
             except SampleError as error:
                 failures.append(Failure(key, item.source, error.stage, error.reason))
-                _check_roots(task.roots)
+                _check_roots(roots)
             except OSError as error:
                 failures.append(Failure(key, item.source, "read", str(error)))
-                _check_roots(task.roots)
+                _check_roots(roots)
             else:
                 add(sample, item.source, item.sizes())
     return failures

@@ -298,3 +298,13 @@ def test_an_index_that_cannot_be_used_is_not_read_again(manifest: Manifest) -> N
         path.write_bytes(whole)  # too late for this reader: what it does must not change by chance
     assert len(messages) == 1
     assert DatasetIndex(manifest).shard(1).keys
+
+
+@pytest.mark.parametrize("field", ["sha256", "index_sha256"])
+@pytest.mark.parametrize("checksum", ["", "../../../../etc/x", "a" * 63, "A" * 64, "a" * 65])
+def test_checksums_are_checksums_and_no_paths(tmp_path: Path, field: str, checksum: str) -> None:
+    manifest = build_scene_shards(tmp_path, 2)
+    entry = replace(manifest.shards[0], **{field: checksum})
+    replace(manifest, shards=(entry,)).write()
+    with pytest.raises(InputError, match=r"is damaged: shard .* has the checksum"):
+        read_manifest(tmp_path)

@@ -25,7 +25,7 @@ from data_pipeline.storage import file_system
 from data_pipeline.views import ViewConfig
 from data_pipeline.write_shards import build_shards
 from tests.s3_server import s3_server, why_not
-from tests.sample_data import build_scene_shards, checksums, folder_pair
+from tests.sample_data import build_scene_shards, checksums, folder_pair, write
 
 pytestmark = [
     pytest.mark.slow,
@@ -119,12 +119,16 @@ def test_the_cache_makes_room_for_what_is_new(local: Path, remote: str, tmp_path
     size = max(path.stat().st_size for path in local.glob("*.tar"))
     manifest = read_manifest(remote, cache_folder=tmp_path)
     small = ShardCache(remote, tmp_path, 2 * size)
+    for theirs in ("thesis.tar", "a" * 32 + ".tar", "notes.json"):  # older than all copies
+        write(tmp_path / theirs, bytes(size))
+        os.utime(tmp_path / theirs, (0, 0))
     for number, entry in enumerate(manifest.shards):
         path = small.local(entry.name, entry.sha256)
         os.utime(path, (number, number))  # the order of use, in seconds since 1970
         assert path.stat().st_size == entry.bytes
-    left = sorted(path.name.partition("-")[2] for path in tmp_path.iterdir())
+    left = sorted(path.name.partition("-")[2] for path in tmp_path.iterdir() if "-" in path.name)
     assert left == [entry.name for entry in manifest.shards[-2:]]
+    assert len(list(tmp_path.iterdir())) == 2 + 3  # what others keep there is never removed
 
 
 def test_what_is_damaged_at_the_address_is_no_wrong_byte(

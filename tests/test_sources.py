@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import InputError, SampleError
+from data_pipeline.scratch import scratch_database
 from data_pipeline.sources.folder import list_folder
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.sources.item import Failure, read_class_names
-from data_pipeline.sources.scratch import scratch_database
 from data_pipeline.sources.voc import VOC_CLASSES, list_voc
 from tests.sample_data import (
     encode,

@@ -1,7 +1,5 @@
 """Command line of masks: `maskbank masks make …`, `maskbank masks score`."""
 
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.errors import InputError
-from data_pipeline.masks.make_cli import Interrupted, console, make_command, progress_bar
+from data_pipeline.masks.make_cli import make_command
 from data_pipeline.masks.methods import Method, OnnxMethod, PriorMethod, SpectralMethod
+from data_pipeline.terminal import Interrupted, console, progress_bar, run_app
 
 if TYPE_CHECKING:
     from data_pipeline.masks.score_masks import ScoreReport
@@ -200,18 +199,7 @@ def _numbers(option: str, text: str) -> tuple[float, ...] | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
-        app(args=arguments, prog_name="maskbank masks")
-    except InputError as error:
-        print(f"maskbank: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"maskbank: {what}", file=sys.stderr)
-        sys.exit(1)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"maskbank: {stop}" if str(stop) else "maskbank: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    run_app(app, "maskbank masks", arguments)
 
 
 if __name__ == "__main__":

@@ -1,47 +1,33 @@
 """What all `maskbank masks make …` commands share: options, progress, the table at the end."""
 
-import functools
 import inspect
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.errors import InputError
 from data_pipeline.masks.methods import Method
+from data_pipeline.terminal import (
+    Interrupted,
+    console,
+    option,
+    print_tenths,
+    progress_bar,
+    with_shared_options,
+)
 
-console = Console(stderr=True, emoji=False)
 _MASK, _WHERE = "What a mask is", "Where and by whom"
 _MOST_REASONS = 10
 
 
-class Interrupted(Exception):
-    """Ctrl-C, after everything has been put in order; says what is left."""
-
-
-def _option(panel: str) -> Callable[..., Any]:
-    def make(help: str, *names: str, **more: Any) -> Any:
-        return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-    return make
-
-
-_mask, _where = map(_option, (_MASK, _WHERE))
+_mask, _where = map(option, (_MASK, _WHERE))
 
 
 def shared_options(
@@ -89,42 +75,19 @@ def make_command(
     """
 
     def decorate(choose: Callable[..., Method]) -> Callable[..., None]:
-        own = inspect.signature(choose).parameters
         shared = {
             name: parameter.replace(default=defaults.get(name, parameter.default))
             for name, parameter in inspect.signature(shared_options).parameters.items()
         }
 
-        @functools.wraps(choose)
-        def command(**arguments: Any) -> None:
-            given = {name: arguments.pop(name) for name in shared}
-            _make(choose(**arguments), **given)
+        def run(own: dict[str, Any], given: dict[str, Any]) -> None:
+            _make(choose(**own), **given)
 
-        every = [
-            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for each in [*shared.values(), *own.values()]
-        ]
-        command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-        command.__annotations__ = {each.name: each.annotation for each in every}
+        command = with_shared_options(choose, shared, run, shared_first=True)
         app.command()(command)
         return command
 
     return decorate
-
-
-def progress_bar(doing: str, fields: str = "") -> Progress:
-    """A bar on a terminal; nothing elsewhere."""
-    return Progress(
-        TextColumn(doing),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *([TextColumn(fields)] if fields else []),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,  # the table at the end says the same, and an error stands alone
-        disable=not console.is_terminal,
-    )
 
 
 def _make(
@@ -184,12 +147,9 @@ def _advance(bar: Progress, total: int) -> Callable[[int, int, int], None]:
         before, done = done, done + more
         skipped, failed = skipped + more_skipped, failed + more_failed
         bar.update(task, completed=done, skipped=skipped, failed=failed)
-        if more and not console.is_terminal and 10 * before // total < 10 * done // total:
-            print(
-                f"making masks: {done:,} of {total:,} pictures, {skipped:,} skipped, "
-                f"{failed:,} failed",
-                file=sys.stderr,
-            )
+        if more:
+            text = f"making masks: {done:,} of {total:,} pictures, {skipped:,} skipped"
+            print_tenths(before, done, total, f"{text}, {failed:,} failed")
 
     return advance
 

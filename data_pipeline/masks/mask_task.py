@@ -14,7 +14,7 @@ from data_pipeline.files import atomic_write
 from data_pipeline.masks.methods import Method
 from data_pipeline.masks.postprocess import PostprocessConfig, make_mask
 from data_pipeline.masks.predictor import Predictor, UInt8
-from data_pipeline.pictures import encode_grey_png, open_checked, to_rgb, turn
+from data_pipeline.pictures import encode_png, open_checked, to_rgb, turn
 from data_pipeline.sources.item import Failure, Item
 
 MAX_BATCH_PIXELS = 40_000_000  # of pictures that are in memory at a time, unless one has more
@@ -80,7 +80,7 @@ def run_mask_task(task: MaskTask) -> MaskTaskDone:
             maps = predictor.predict([image for _, _, image in batch])
             for (place, item, _), saliency in zip(batch, maps, strict=True):
                 try:
-                    data = encode_grey_png(make_mask(saliency, task.config))
+                    data = encode_png(make_mask(saliency, task.config))
                 except SampleError as error:
                     failures[place] = Failure(item.key, item.source, error.stage, error.reason)
                     continue

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.sample import RawSample, open_image
+from data_pipeline.scratch import scratch_database
 from data_pipeline.sources.coco_classes import (
     names_27,
     names_81,
@@ -31,10 +32,9 @@ from data_pipeline.sources.coco_classes import (
     thing_classes,
 )
 from data_pipeline.sources.coco_instances import draw_classes, draw_proposals, draw_regions
-from data_pipeline.sources.item import Failure, FileItem, Listing
+from data_pipeline.sources.item import Failure, FileItem, FilesOfItem, Listing
 from data_pipeline.sources.json_stream import stream_lists
 from data_pipeline.sources.name_list import read_names
-from data_pipeline.sources.scratch import scratch_database
 from data_pipeline.storage import size_of
 
 LabelKind = Literal["27", "81", "none"]
@@ -55,7 +55,7 @@ CREATE TABLE annotation (image INTEGER, data TEXT);
 
 
 @dataclass(frozen=True)
-class CocoItem:
+class CocoItem(FilesOfItem):
     """One image of COCO.
 
     Attributes:
@@ -67,20 +67,11 @@ class CocoItem:
         instance_area: see `draw_proposals`.
     """
 
-    files: FileItem
     pixel_map: Path | None
     instances: bytes
     draw_masks: bool
     labels: LabelKind
     instance_area: float
-
-    @property
-    def key(self) -> str:
-        return self.files.key
-
-    @property
-    def source(self) -> str:
-        return self.files.source
 
     def read(self) -> RawSample:
         raw = self.files.read()
@@ -98,7 +89,7 @@ class CocoItem:
 
     def sizes(self) -> tuple[int, ...]:
         maps = () if self.pixel_map is None else (size_of(self.pixel_map),)
-        return (*self.files.sizes(), *maps, len(self.instances))
+        return (*super().sizes(), *maps, len(self.instances))
 
 
 def list_coco(

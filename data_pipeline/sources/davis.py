@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.sample import RawSample, open_image
-from data_pipeline.sources.item import Failure, FileItem, Listing
+from data_pipeline.sources.item import Failure, FileItem, FilesOfItem, Listing
 from data_pipeline.sources.name_list import read_names
 
 YEARS = (2016, 2017)
@@ -26,7 +26,7 @@ MAX_OBJECTS = 20  # of one sequence
 
 
 @dataclass(frozen=True)
-class DavisItem:
+class DavisItem(FilesOfItem):
     """One frame.
 
     Attributes:
@@ -35,18 +35,9 @@ class DavisItem:
         as_mask, as_label: what the annotation is taken for.
     """
 
-    files: FileItem
     year: int
     as_mask: bool
     as_label: bool
-
-    @property
-    def key(self) -> str:
-        return self.files.key
-
-    @property
-    def source(self) -> str:
-        return self.files.source
 
     def read(self) -> RawSample:
         raw = self.files.read()
@@ -55,9 +46,6 @@ class DavisItem:
         objects = decode_objects(raw.label, self.year)
         mask: Any = objects if self.as_mask else raw.mask
         return RawSample(raw.image, mask, objects if self.as_label else None)
-
-    def sizes(self) -> tuple[int, ...]:
-        return self.files.sizes()
 
 
 def list_davis(

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.sample import RawSample
-from data_pipeline.sources.item import Failure, FileItem, Listing
+from data_pipeline.sources.item import Failure, FileItem, FilesOfItem, Listing
 from data_pipeline.sources.walk import below
 from data_pipeline.storage import Location, as_location, file_system, is_remote
 
@@ -34,7 +34,7 @@ Row = tuple[int, list[str]]
 
 
 @dataclass(frozen=True)
-class ListedItem:
+class ListedItem(FilesOfItem):
     """One row of a list.
 
     Attributes:
@@ -42,16 +42,7 @@ class ListedItem:
         sha256: what the image's file should have, in hex; empty: not checked.
     """
 
-    files: FileItem
     sha256: str
-
-    @property
-    def key(self) -> str:
-        return self.files.key
-
-    @property
-    def source(self) -> str:
-        return self.files.source
 
     def read(self) -> RawSample:
         for stage in ("image", "mask", "label"):
@@ -65,9 +56,6 @@ class ListedItem:
                 reason = f"has another sha256 than the list says: {found}, not {self.sha256}"
                 raise SampleError("image", reason)
         return raw
-
-    def sizes(self) -> tuple[int, ...]:
-        return self.files.sizes()
 
 
 def list_images(path: Location, classes: tuple[str, ...] = ()) -> Listing:

@@ -17,7 +17,7 @@ from data_pipeline.errors import InputError, SampleError
 from data_pipeline.sample import IGNORE, RawSample, Values, open_image
 from data_pipeline.sources.folder import check_pictures
 from data_pipeline.sources.imagenet import mask_folder, split_folder
-from data_pipeline.sources.item import Failure, FileItem, Listing
+from data_pipeline.sources.item import Failure, FilesOfItem, Listing
 from data_pipeline.sources.match_trees import match_trees
 from data_pipeline.sources.name_list import read_names
 
@@ -29,7 +29,7 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
-class ImageNetSItem:
+class ImageNetSItem(FilesOfItem):
     """One image of ImageNet-S with its annotation.
 
     Attributes:
@@ -37,25 +37,13 @@ class ImageNetSItem:
         num_classes: of the data set, `other` included.
     """
 
-    files: FileItem
     num_classes: int
-
-    @property
-    def key(self) -> str:
-        return self.files.key
-
-    @property
-    def source(self) -> str:
-        return self.files.source
 
     def read(self) -> RawSample:
         raw = self.files.read()
         if not isinstance(raw.label, bytes):
             return raw
         return RawSample(raw.image, raw.mask, decode_annotation(raw.label, self.num_classes))
-
-    def sizes(self) -> tuple[int, ...]:
-        return self.files.sizes()
 
 
 def list_imagenet_s(

@@ -61,6 +61,28 @@ class FileItem:
 
 
 @dataclass(frozen=True)
+class FilesOfItem:
+    """What samples have in common that read their files in a way of their own.
+
+    Attributes:
+        files: key, source, and where the bytes are.
+    """
+
+    files: FileItem
+
+    @property
+    def key(self) -> str:
+        return self.files.key
+
+    @property
+    def source(self) -> str:
+        return self.files.source
+
+    def sizes(self) -> tuple[int, ...]:
+        return self.files.sizes()
+
+
+@dataclass(frozen=True)
 class Failure:
     """A sample that did not become part of a shard, as `failures.jsonl` keeps it."""
 

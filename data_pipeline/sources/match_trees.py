@@ -5,8 +5,8 @@ import sqlite3
 from collections.abc import Iterator
 from itertools import groupby, islice
 
+from data_pipeline.scratch import scratch_database
 from data_pipeline.sources.item import Failure, FileItem
-from data_pipeline.sources.scratch import scratch_database
 from data_pipeline.sources.walk import below, walk_files
 from data_pipeline.storage import Location
 
