@@ -96,7 +96,7 @@ class BatchStream:
         self.wait_seconds = 0.0
         self._part = (batch_size, rank, world_size)
         self._loader = make_loader(
-            loader, batch_size // world_size, views.image_size, threads, device
+            loader, -(-batch_size // world_size), views.image_size, threads, device
         )
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()

@@ -113,9 +113,14 @@ class SampleOrder:
         return found
 
 
+def batch_part(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First and end of this rank's part of a global batch; parts differ by one at the most."""
+    if batch_size < world_size:
+        raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} ranks")
+    return rank * batch_size // world_size, (rank + 1) * batch_size // world_size
+
+
 def batch_positions(step: int, batch_size: int, rank: int, world_size: int) -> Int64:
-    """Global positions of this rank's part of global batch `step`: int64 [batch_size / W]."""
-    if batch_size % world_size:
-        raise ValueError(f"batch size {batch_size} is not divisible by {world_size} ranks")
-    local = batch_size // world_size
-    return step * batch_size + rank * local + np.arange(local, dtype=np.int64)
+    """Global positions of this rank's part of global batch `step`: int64 [about batch_size / W]."""
+    first, end = batch_part(batch_size, rank, world_size)
+    return step * batch_size + np.arange(first, end, dtype=np.int64)

@@ -53,8 +53,8 @@ def test_statistics_outputs_and_gradients_equal_the_whole_batch(world_size: int)
 
 def shuffled(ranks: Ranks) -> tuple[list[int], list[int]]:
     mine = torch.arange(4) + 4 * ranks.rank
-    there = shuffle_rows(mine, seed=9, ranks=ranks)
-    return there.tolist(), (unshuffle_rows(there * 10, seed=9, ranks=ranks)).tolist()
+    there = shuffle_rows(mine, 9, [4, 4, 4], ranks)
+    return there.tolist(), unshuffle_rows(there * 10, 9, [4, 4, 4], ranks).tolist()
 
 
 @pytest.mark.slow
@@ -64,3 +64,19 @@ def test_shuffled_rows_come_back_to_their_rank() -> None:
     assert found[0][0] != [0, 1, 2, 3]
     for rank, (_, back) in enumerate(found):
         assert back == [10 * (4 * rank + i) for i in range(4)]
+
+
+def shuffled_unevenly(ranks: Ranks) -> tuple[list[int], list[int]]:
+    counts = [3, 2, 3]
+    first = sum(counts[: ranks.rank])
+    mine = torch.arange(first, first + counts[ranks.rank])
+    there = shuffle_rows(mine, 4, counts, ranks)
+    return there.tolist(), unshuffle_rows(there * 10, 4, counts, ranks).tolist()
+
+
+@pytest.mark.slow
+def test_uneven_parts_are_shuffled_and_come_back_too() -> None:
+    found = run_on_ranks(shuffled_unevenly, 3)
+    assert [len(there) for there, _ in found] == [3, 2, 3]
+    assert sorted(row for there, _ in found for row in there) == list(range(8))
+    assert [row for _, back in found for row in back] == [10 * i for i in range(8)]

@@ -171,7 +171,13 @@ def loss_on_ranks(ranks: Ranks, case: Case) -> dict[str, Any]:
 
 
 def content_ids(bank: ShardedMemoryBank) -> list[int]:
-    return sorted(bank.state()["sample_id"].tolist())
+    """Of all ranks."""
+    parts: list[Any] = [None] * bank.ranks.world_size
+    mine = bank.state()["sample_id"].tolist()
+    if bank.ranks.world_size == 1:
+        return sorted(mine)
+    torch.distributed.all_gather_object(parts, mine)
+    return sorted(itertools.chain(*parts))
 
 
 def dense(case: Case) -> tuple[float, NDArray]:
@@ -326,16 +332,19 @@ def test_age_and_share_of_the_same_image() -> None:
     assert bank.same_sample_share(ids[:0], weights[:0]) == 0
 
 
-def save_half_way(ranks: Ranks) -> dict[str, NDArray]:
+def save_half_way(ranks: Ranks) -> tuple[dict[str, NDArray], dict[str, int]]:
     bank = ShardedMemoryBank(BankConfig(10, chunk_size=3), DIM, ranks)
     for first, count in ((0, 4), (4, 0), (4, 9), (13, 1)):
         bank.enqueue(*prototypes(first, count))
-    return {name: value.numpy() for name, value in bank.state().items()}
+    return {name: value.numpy() for name, value in bank.state().items()}, bank.counters()
 
 
-def go_on(ranks: Ranks, saved: dict[str, Any], capacity: int) -> tuple[list[int], list[int], float]:
+def go_on(
+    ranks: Ranks, saved: list[tuple[dict[str, NDArray], dict[str, int]]], capacity: int
+) -> tuple[list[int], list[int], float]:
     bank = ShardedMemoryBank(BankConfig(capacity, mask_same_image=True), DIM, ranks)
-    bank.load_state({name: torch.from_numpy(np.array(v)) for name, v in saved.items()})
+    parts = [{name: torch.from_numpy(v.copy()) for name, v in part.items()} for part, _ in saved]
+    bank.load_state(parts, saved[0][1])
     before = content(bank)
     bank.enqueue(*prototypes(14, 2))
     age = bank.age_sum()
@@ -345,10 +354,14 @@ def go_on(ranks: Ranks, saved: dict[str, Any], capacity: int) -> tuple[list[int]
 
 @pytest.mark.slow
 def test_content_after_resume_on_other_ranks_equals_that_before() -> None:
-    saved, *others = run_on_ranks(save_half_way, 3)
-    assert [len(state["key"]) for state in others] == [0, 0]
-    assert saved["sequence"].tolist() == saved["sample_id"].tolist() == newest(10, 14)
-    assert saved["update"].tolist() == [3] * 9 + [4]
+    saved = run_on_ranks(save_half_way, 3)
+    numbers = [part["sequence"].tolist() for part, _ in saved]
+    assert numbers == [[6, 9, 12], [4, 7, 10, 13], [5, 8, 11]]
+    assert [part["sample_id"].tolist() for part, _ in saved] == numbers
+    assert [part["update"].tolist() for part, _ in saved] == [[3] * 3, [3] * 3 + [4], [3] * 3]
+    assert [counters for _, counters in saved] == [
+        {"entries": 10, "next_sequence": 14, "updates": 4}
+    ] * 3
     for world_size in (1, 2, 4):
         for before, after, age in run_on_ranks(go_on, world_size, saved, 10):
             assert sorted(before) == newest(10, 14)
@@ -364,7 +377,7 @@ def test_the_order_after_resume_on_as_many_ranks_is_the_same_bit_for_bit() -> No
     bank = ShardedMemoryBank(BankConfig(7, mask_same_image=True), DIM, ONE_RANK)
     bank.enqueue(*prototypes(0, 12))
     again = ShardedMemoryBank(bank.config, DIM, ONE_RANK)
-    again.load_state(bank.state())
+    again.load_state([bank.state()], bank.counters())
     assert content(again) == content(bank)
     assert torch.equal(again.keys, bank.keys)
 
@@ -372,7 +385,7 @@ def test_the_order_after_resume_on_as_many_ranks_is_the_same_bit_for_bit() -> No
 def test_a_state_of_another_width_is_refused() -> None:
     bank = ShardedMemoryBank(BankConfig(4), DIM, ONE_RANK)
     with pytest.raises(InputError, match=r"keys of 8 numbers.*embedding_dim is 3"):
-        ShardedMemoryBank(BankConfig(4), 3, ONE_RANK).load_state(bank.state())
+        ShardedMemoryBank(BankConfig(4), 3, ONE_RANK).load_state([bank.state()], bank.counters())
 
 
 @pytest.mark.parametrize(

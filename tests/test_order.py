@@ -54,9 +54,16 @@ def test_a_batch_larger_than_the_data_set_runs_over_several_epochs() -> None:
     assert counts.tolist() == [4, 4, 4]
 
 
-def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match="10 is not divisible by 4 ranks"):
-        batch_positions(0, 10, 0, 4)
+@pytest.mark.parametrize("world_size", [3, 4, 7, 10])
+def test_ranks_that_do_not_divide_the_batch_share_it_almost_evenly(world_size: int) -> None:
+    parts = [batch_positions(2, 10, rank, world_size) for rank in range(world_size)]
+    assert np.concatenate(parts).tolist() == list(range(20, 30))
+    assert {len(part) for part in parts} <= {10 // world_size, -(-10 // world_size)}
+
+
+def test_more_ranks_than_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="a batch of 10 cannot be shared by 11 ranks"):
+        batch_positions(0, 10, 0, 11)
 
 
 def test_substitutes_are_spread_and_repeatable() -> None:

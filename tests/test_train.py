@@ -74,10 +74,12 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
     assert checkpoint is not None
     assert checkpoint.step == STEPS
     found = {}
-    for part in ("model", "momentum", "bank"):
+    for part in ("model", "momentum", "optimizer"):
         found |= {f"{part}.{name}": value for name, value in checkpoint.load(part).items()}
-    for number, state in checkpoint.load("optimizer")["state"].items():
-        found[f"optimizer.{number}"] = state["momentum_buffer"]
+    parts = list(checkpoint.bank_parts())
+    order = torch.cat([part["sequence"] for part in parts]).argsort()
+    for name in parts[0]:
+        found[f"bank.{name}"] = torch.cat([part[name] for part in parts])[order]
     return found
 
 
@@ -173,7 +175,7 @@ def test_a_full_disk_ends_all_ranks_and_the_run_goes_on_once_there_is_space(
     run = tmp_path / "full"
     arguments = command(shards, run, 2)
     output = finish(["prlimit", "--fsize=100000", *arguments], status=1)
-    assert "model.pt cannot be written" in output
+    assert "the checkpoint of step 4 cannot be written ([Errno 27] File too large)" in output
     assert "free space" in output
     assert complete_checkpoints(run) == []
     assert list((run / "checkpoints").iterdir()) == []
@@ -282,15 +284,15 @@ def test_a_bank_near_the_size_of_the_data_set_is_warned_of_once(
 def test_a_loss_that_is_not_finite_ends_every_rank(shards: Path, tmp_path: Path) -> None:
     settings = ("optim.lr=1e30", "run.precision=float32", "run.log_every=1")
     output = finish(command(shards, tmp_path / "run", 2, *settings), status=1)
-    assert "maskbank: rank 0: the loss is" in output
+    assert "is not finite, for the 20th step in a row" in output
     assert "lower optim.lr" in output
 
 
 @pytest.mark.parametrize(
     ("ranks", "settings", "message"),
     [
-        (3, (), "data.batch_size 8 is not divisible by 3 ranks"),
-        (1, ("optim.accumulate=3",), "1 ranks × 3 micro-batches"),
+        (9, (), "gives 9 ranks less than one image each; raise it to 9 or more"),
+        (1, ("optim.accumulate=3",), "8 is not divisible by optim.accumulate 3"),
         (8, (), "one image, of which batch norm"),
         (1, ('data.shards=""',), "data.shards is not set"),
         (1, ("data.shards=/nowhere",), "/nowhere holds no manifest.json"),

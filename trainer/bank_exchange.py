@@ -51,13 +51,12 @@ class BankExchange:
         if transfer.buffer is not None:
             self._spare.append(transfer.buffer)
 
-    def wait(self, transfer: Transfer, counted: bool = True) -> Tensor:
+    def wait(self, transfer: Transfer) -> Tensor:
         if transfer.work is None:
             return transfer.result
         before = self._now()
         transfer.work.wait()
-        if counted:
-            self._passed(before, self._now())
+        self._passed(before, self._now())
         return transfer.result
 
     def gather(self, rows: Tensor) -> Tensor:

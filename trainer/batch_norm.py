@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.distributed import Ranks, all_gather_equal, all_reduce_sum
+from trainer.distributed import Ranks, all_gather_rows, all_reduce_sum
 
 
 def convert_batch_norm(model: nn.Module, ranks: Ranks) -> nn.Module:
@@ -84,20 +84,30 @@ class _SumOverRanks(torch.autograd.Function):
         return all_reduce_sum(gradients[0].clone(), ctx.ranks), None
 
 
-def shuffle_rows(rows: Tensor, seed: int, ranks: Ranks) -> Tensor:
-    """This rank's part of all ranks' rows [B, …] in an order drawn from `seed` (MoCo, 3.3)."""
-    everything = all_gather_equal(rows, ranks)
+def shuffle_rows(rows: Tensor, seed: int, counts: list[int], ranks: Ranks) -> Tensor:
+    """This rank's part of all ranks' rows [B, …] in an order drawn from `seed` (MoCo, 3.3).
+
+    Args:
+        rows: counts[rank] of them.
+        seed: the same on every rank.
+        counts: rows of every rank.
+        ranks: that shuffle.
+    """
+    everything = all_gather_rows(rows, counts, ranks)
     order = _permutation(len(everything), seed).to(rows.device)
-    local = len(rows)
-    return everything[order[ranks.rank * local : (ranks.rank + 1) * local]]
+    return everything[order[_own(counts, ranks)]]
 
 
-def unshuffle_rows(rows: Tensor, seed: int, ranks: Ranks) -> Tensor:
+def unshuffle_rows(rows: Tensor, seed: int, counts: list[int], ranks: Ranks) -> Tensor:
     """Undoes `shuffle_rows` on rows [B, …] computed from the shuffled ones."""
-    everything = all_gather_equal(rows, ranks)
+    everything = all_gather_rows(rows, counts, ranks)
     order = _permutation(len(everything), seed).to(rows.device)
-    local = len(rows)
-    return everything[order.argsort()[ranks.rank * local : (ranks.rank + 1) * local]]
+    return everything[order.argsort()[_own(counts, ranks)]]
+
+
+def _own(counts: list[int], ranks: Ranks) -> slice:
+    first = sum(counts[: ranks.rank])
+    return slice(first, first + counts[ranks.rank])
 
 
 def _permutation(count: int, seed: int) -> Tensor:

@@ -1,98 +1,129 @@
-"""Checkpoints that are either complete or ignored, and never unpickle what strangers wrote."""
+"""Checkpoints on disk: complete and whole, or passed over; nothing in them is ever unpickled.
 
+    checkpoints/step-00001000/
+        model.safetensors momentum.safetensors optimizer.safetensors   whole tensors by name
+        bank-00000.safetensors …                                       each rank's entries
+        checkpoint.json      progress, and bytes and SHA-256 of every file
+        COMPLETE             SHA-256 of checkpoint.json, written last
+
+They do not depend on the engine or on the number of ranks that wrote them.
+"""
+
+import hashlib
+import json
+import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import sync_directory
+from data_pipeline.files import atomic_write, sync_directory
+from trainer.tensor_file import FileRecord, check_file
 
-COMPLETE = "COMPLETE"
-_FOLDER = "checkpoints"
+log = logging.getLogger(__name__)
+COMPLETE, DESCRIPTION, VERSION = "COMPLETE", "checkpoint.json", 2
+FOLDER = "checkpoints"
+_DAMAGED = ".damaged"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk; whether it is whole, `problem` says."""
 
     path: Path
     step: int
 
-    def load(self, name: str, in_place: bool = False) -> Any:
-        """One part, such as `model`, on the CPU; tensors and plain values only.
+    def describe(self) -> dict[str, Any]:
+        """`checkpoint.json`: version, world_size, engine, progress, and files.
 
-        Args:
-            name: of the part.
-            in_place: leave tensors in the file, which then costs memory only where they are read.
+        Raises:
+            InputError: it is missing, damaged, or of another version.
+        """
+        file = self.path / DESCRIPTION
+        try:
+            data = file.read_bytes()
+            if hashlib.sha256(data).hexdigest() != (self.path / COMPLETE).read_text().strip():
+                raise ValueError(f"its checksum is not that in {COMPLETE}")
+            value = json.loads(data)
+            version = value["version"]
+            for name, record in value["files"].items():
+                if Path(name).name != name or len(record) != 2:
+                    raise ValueError(f"{name!r} is no file name")
+            progress: dict[str, Any] = value["progress"]
+            int(progress["step"])
+        except OSError as error:
+            raise self._unreadable(file, error.strerror or str(error)) from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._unreadable(file, f"{type(error).__name__}: {error}") from None
+        if version != VERSION:
+            raise self._unreadable(file, f"version {version}, this maskbank reads {VERSION}")
+        return dict(value)
+
+    def file_records(self) -> dict[str, FileRecord]:
+        """Every file but the description itself."""
+        files = self.describe()["files"]
+        return {name: FileRecord(int(size), str(sha)) for name, (size, sha) in files.items()}
+
+    def problem(self, mine: Callable[[int], bool] = lambda number: True) -> str:
+        """What is wrong with it, or ''; reads all bytes of the files whose number is `mine`."""
+        try:
+            records = self.file_records()
+        except InputError as error:
+            return str(error)
+        for number, (name, record) in enumerate(sorted(records.items())):
+            if mine(number) and (wrong := check_file(self.path / name, record)):
+                return f"{self.path / name} {wrong}"
+        return ""
+
+    def names(self, part: str) -> list[str]:
+        """Of the tensors of a part, such as `model`."""
+        with self._open(part) as file:
+            return list(file.keys())
+
+    def load(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a part, such as `model`, on the CPU.
 
         Raises:
             InputError: the file is missing or damaged.
         """
-        file = self.path / f"{name}.pt"
+        with self._open(part) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def reader(self, part: str) -> Callable[[str], Tensor | None]:
+        """Reads one tensor of a part at a time, None where it has none of that name."""
+        file = self._open(part).__enter__()
+        known = set(file.keys())
+        return lambda name: file.get_tensor(name) if name in known else None
+
+    def bank_parts(self) -> Iterator[dict[str, Tensor]]:
+        """What each rank held of the memory bank when this was written."""
+        for name in sorted(self.file_records()):
+            if name.startswith("bank-"):
+                yield self.load(name.removesuffix(".safetensors"))
+
+    def _open(self, part: str) -> Any:
+        path = self.path / f"{part}.safetensors"
         try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=in_place)
-        except Exception as error:  # the safe unpickler raises anything on damaged bytes
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise InputError(
-                f"{file} cannot be read ({reason}); delete {self.path} to go on from the one before"
-            ) from None
+            return safe_open(path, "pt")
+        except Exception as error:  # OSError, or safetensors' own, on damaged bytes
+            raise self._unreadable(path, str(error).splitlines()[0][:200]) from None
 
-
-def save_checkpoint(run: Path, step: int, parts: dict[str, Any], keep: int) -> Checkpoint:
-    """Writes `parts` aside, syncs, renames and marks complete; then drops all but `keep` newest.
-
-    Raises:
-        OSError: as on a full disk; what was there before is untouched.
-    """
-    folder = run / _FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        for name, value in parts.items():
-            _write(temporary / f"{name}.pt", value)
-        sync_directory(temporary)
-        if final.exists():  # an earlier one that was never marked complete
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        sync_directory(folder)
-        (final / COMPLETE).touch()
-        sync_directory(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    complete = complete_checkpoints(run)
-    for old in complete[:-keep]:
-        # unmark first: one that is half deleted must not look complete
-        (old.path / COMPLETE).unlink()
-        shutil.rmtree(old.path)
-    return complete[-1]
-
-
-def _write(path: Path, value: Any) -> None:
-    try:
-        with path.open("wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch hides a full disk behind a RuntimeError
-        reason = str(error).splitlines()[0][:200]
-        raise OSError(
-            f"{path} cannot be written ({reason}); the checkpoint before it stays: free space "
-            "(or mend what is wrong there) and start the same command again"
-        ) from error
+    def _unreadable(self, file: Path, reason: str) -> InputError:
+        return InputError(
+            f"{file} cannot be read ({reason}); delete {self.path} to go on from the one before"
+        )
 
 
 def complete_checkpoints(run: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run directory, oldest first."""
     found = []
-    for marker in (run / _FOLDER).glob(f"step-*/{COMPLETE}"):
+    for marker in (run / FOLDER).glob(f"step-*/{COMPLETE}"):
         number = marker.parent.name.removeprefix("step-")
         if number.isdigit():
             found.append(Checkpoint(marker.parent, int(number)))
@@ -100,6 +131,60 @@ def complete_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a run directory."""
+    """The newest complete checkpoint of a run directory that is whole; says what it passes over."""
+    for checkpoint in reversed(complete_checkpoints(run)):
+        problem = checkpoint.problem()
+        if not problem:
+            return checkpoint
+        log.warning("checkpoint of step %d passed over: %s", checkpoint.step, problem)
+    return None
+
+
+def set_aside(checkpoint: Checkpoint) -> None:
+    """Takes a damaged checkpoint out of the way, but keeps it to be looked at."""
+    target = checkpoint.path.with_name(checkpoint.path.name + _DAMAGED)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(checkpoint.path, target)
+
+
+def temporary_folder(run: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is published."""
+    return run / FOLDER / f".step-{step:08d}.tmp"
+
+
+def remove_leftovers(run: Path) -> None:
+    """Deletes what a killed run was writing; one process, before any writes."""
+    for path in (run / FOLDER).glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(run: Path, step: int, keep: int, keep_every: int) -> Checkpoint:
+    """Renames what all ranks have written, marks it complete, and drops old ones.
+
+    Args:
+        run: run directory.
+        step: of the checkpoint.
+        keep: newest ones that stay.
+        keep_every: those of every so many steps stay too; 0 for none.
+
+    Raises:
+        OSError: as on a full disk; what was there before is untouched.
+    """
+    temporary = temporary_folder(run, step)
+    final = run / FOLDER / f"step-{step:08d}"
+    sync_directory(temporary)
+    if final.exists():  # an earlier one that was never marked complete
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    sync_directory(final.parent)
+    with atomic_write(final / COMPLETE) as file:
+        digest = hashlib.sha256((final / DESCRIPTION).read_bytes()).hexdigest()
+        file.write(digest.encode() + b"\n")
     complete = complete_checkpoints(run)
-    return complete[-1] if complete else None
+    for old in complete[:-keep]:
+        if keep_every and old.step % keep_every == 0:
+            continue
+        # unmark first: one that is half deleted must not look complete
+        (old.path / COMPLETE).unlink()
+        shutil.rmtree(old.path)
+    return Checkpoint(final, step)

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.errors import InputError
 from data_pipeline.views import ViewConfig
+from trainer.engine import PRECISIONS, EngineConfig
 from trainer.memory_bank import BankConfig
 from trainer.model import ModelConfig
 from trainer.objective import LossConfig
@@ -61,11 +62,17 @@ class RunConfig:
         steps: how long, in optimizer steps.
         seed: of initial weights, order, augmentation and dropout.
         device: auto, cpu or cuda.
-        precision: bf16 (autocast) or float32.
+        precision: bf16 or fp16 (autocast; fp16 with a loss scale), or float32.
         threads: of torch a rank on a CPU; 0 takes the rank's share of the cores.
         log_every, checkpoint_every: steps.
         keep_checkpoints: newest ones that stay.
-        timeout_seconds: a collective that takes longer is an error on every rank.
+        keep_every: those of every so many steps stay too; 0 keeps none of them.
+        timeout_seconds: a rank that is silent or does not come on for so long ends the run.
+        start_timeout_seconds: the same until the first step is done, which may compile.
+        max_skipped: so many steps in a row whose loss or gradient is no number end the run; 0
+            never does.
+        max_fruitless_restarts: automatic restarts without a step gained, until no more are tried;
+            0 tries for ever.
         tensorboard: whether to write its files too.
     """
 
@@ -79,14 +86,20 @@ class RunConfig:
     log_every: int = 20
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    keep_every: int = 0
     timeout_seconds: float = 600.0
+    start_timeout_seconds: float = 1800.0
+    max_skipped: int = 20
+    max_fruitless_restarts: int = 3
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise InputError(f"run.device is {self.device!r}; it can be auto, cpu or cuda")
-        if self.precision not in ("bf16", "float32"):
-            raise InputError(f"run.precision is {self.precision!r}; it can be bf16 or float32")
+        if self.precision not in PRECISIONS:
+            raise InputError(
+                f"run.precision is {self.precision!r}; it can be bf16, fp16 or float32"
+            )
         if min(self.log_every, self.checkpoint_every, self.keep_checkpoints) < 1:
             raise InputError(
                 "run.log_every, run.checkpoint_every, run.keep_checkpoints must be at least 1"
@@ -95,8 +108,12 @@ class RunConfig:
             raise InputError(
                 "run.steps, run.seed and run.threads must not be negative, run.epochs above 0"
             )
-        if self.timeout_seconds <= 0:
-            raise InputError(f"run.timeout_seconds is {self.timeout_seconds}; must be above 0")
+        if min(self.timeout_seconds, self.start_timeout_seconds) <= 0:
+            raise InputError("run.timeout_seconds and run.start_timeout_seconds must be above 0")
+        if min(self.keep_every, self.max_skipped, self.max_fruitless_restarts) < 0:
+            raise InputError(
+                "run.keep_every, run.max_skipped, run.max_fruitless_restarts must not be negative"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 _RECIPES = Path(__file__).with_name("recipes")
@@ -120,7 +138,11 @@ _FREE_ON_RESUME = {
     "run.log_every",
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "run.keep_every",
     "run.timeout_seconds",
+    "run.start_timeout_seconds",
+    "run.max_skipped",
+    "run.max_fruitless_restarts",
     "run.tensorboard",
     "run.threads",
     "run.device",
@@ -132,6 +154,12 @@ _FREE_ON_RESUME = {
     "data.prefetch",
     "bank.move",
     "bank.chunk_size",
+    "model.checkpoint_activations",
+    "model.compile",
+    "engine.name",
+    "engine.zero_stage",
+    "engine.offload_optimizer",
+    "engine.deepspeed_config",
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from data_pipeline.errors import InputError
 
 T = TypeVar("T")
 _SECONDS_FOR_RANK_0 = 30
+_RECORDED_COLLECTIVES = "2000"  # last ones that torch's flight recorder keeps
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,13 @@ class Ranks:
         return self.rank == 0
 
 
-def start_ranks(device: str, timeout_seconds: float) -> Ranks:
+def start_ranks(device: str, timeout_seconds: float, hangs: Path | None = None) -> Ranks:
     """Joins the process group that torchrun's environment describes; one rank without it.
 
     Args:
         device: cpu (gloo), cuda (nccl), or auto.
         timeout_seconds: after which a collective that some rank does not reach is an error.
+        hangs: where nccl leaves what it recorded when that happens.
 
     Raises:
         InputError: cuda was asked for and there is none.
@@ -59,6 +62,10 @@ def start_ranks(device: str, timeout_seconds: float) -> Ranks:
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return Ranks(0, 1, chosen, timeout_seconds)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _RECORDED_COLLECTIVES)
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if hangs is not None:
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(hangs / "nccl-rank-"))
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         timeout=timedelta(seconds=timeout_seconds),
@@ -103,6 +110,37 @@ def any_rank(flag: bool, ranks: Ranks) -> bool:
     """Whether `flag` is set on any rank."""
     votes = torch.tensor(float(flag), device=ranks.device)
     return bool(all_reduce_sum(votes, ranks) > 0)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know after a step, the same on each.
+
+    Attributes:
+        stop: some rank was asked to stop.
+        bad: what is no number on some rank: "loss", "gradient", or "" for nothing.
+        bad_rank: the lowest rank of which that is so; a bad loss spoils others' gradients.
+        saving: some rank is still writing a checkpoint.
+        save_failed: some rank could not write it.
+    """
+
+    stop: bool
+    bad: str
+    bad_rank: int
+    saving: bool
+    save_failed: bool
+
+
+def agree(ranks: Ranks, stop: bool, bad: str, saving: bool, save_failed: bool) -> Agreed:
+    """What holds for any rank, on every rank; one small collective."""
+    world = ranks.world_size
+    place = world - ranks.rank + (world if bad == "loss" else 0) if bad else 0
+    votes = torch.tensor([stop, place, saving, save_failed], device=ranks.device)
+    if world > 1:
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+    stops, worst, still_saving, failed = (int(vote) for vote in votes.tolist())
+    what = "" if not worst else "loss" if worst > world else "gradient"
+    return Agreed(bool(stops), what, -worst % world, bool(still_saving), bool(failed))
 
 
 def gather_counts(count: int, ranks: Ranks) -> list[int]:

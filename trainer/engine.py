@@ -1,34 +1,149 @@
-"""Gradients over all ranks: what the training loop needs of DDP, and nothing else of it."""
+"""What the training loop needs of DDP or DeepSpeed, and nothing else of them.
+
+An engine owns the network, its momentum encoder, the optimizer and how all of them are spread over
+the ranks. Weights are float32 in either; autocast runs the networks in 16 bits.
+"""
 
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data_pipeline.errors import InputError
 from trainer.distributed import Ranks
 from trainer.model import PixelEncoder, PixelOutput
+from trainer.momentum import make_momentum_encoder, update_momentum
+from trainer.optimizer import STATE_NAMES, build_optimizer, make_state
 from trainer.schedule import OptimConfig
+
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How weights, gradients and optimizer are spread over the ranks.
+
+    Attributes:
+        name: ddp, or deepspeed.
+        zero_stage: of DeepSpeed: 0 spreads nothing, 1 the optimizer, 2 gradients too, 3 weights
+            too; by default the file's, or 1.
+        offload_optimizer: of DeepSpeed: whether the optimizer lives in the host's memory.
+        deepspeed_config: JSON file of DeepSpeed's own settings, for what has no setting here.
+    """
+
+    name: str = "ddp"
+    zero_stage: int | None = None
+    offload_optimizer: bool = False
+    deepspeed_config: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("ddp", "deepspeed"):
+            raise InputError(f"engine.name is {self.name!r}; it can be ddp or deepspeed")
+        if self.zero_stage not in (None, 0, 1, 2, 3):
+            raise InputError(f"engine.zero_stage is {self.zero_stage}; it can be 0, 1, 2 or 3")
+        of_deepspeed = {
+            "zero_stage": self.zero_stage is not None,
+            "offload_optimizer": self.offload_optimizer,
+            "deepspeed_config": bool(self.deepspeed_config),
+        }
+        if self.name == "ddp" and any(of_deepspeed.values()):
+            key = next(key for key, given in of_deepspeed.items() if given)
+            raise InputError(f"engine.{key} is DeepSpeed's; set engine.name=deepspeed too")
+
+
+class StateTensor(NamedTuple):
+    """One tensor of an engine's state: part is model, momentum or optimizer."""
+
+    part: str
+    name: str
+    value: Tensor
+
+
+class Engine(Protocol):
+    """Both engines; every rank makes the same calls in the same order.
+
+    Attributes:
+        network: with gradients.
+        momentum_encoder: the key views'.
+    """
+
+    network: PixelEncoder
+    momentum_encoder: PixelEncoder
+
+    def rehearse(self, images: Tensor) -> None:
+        """A step on `images` that changes nothing, so that all later ones are alike."""
+
+    def update_momentum(self, m: float) -> None:
+        """The momentum encoder follows the network, by 1 − m of the way."""
+
+    def forward(self, images: Tensor) -> PixelOutput:
+        """The network on images [B, 3, H, W], with gradient."""
+
+    def embed_keys(self, images: Tensor) -> PixelOutput:
+        """The momentum encoder on images [B, 3, H, W], without gradient."""
+
+    def accumulating(self, more_follow: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch: exchange gradients only at the last."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a micro-batch's loss."""
+
+    def gradient_is_finite(self) -> bool:
+        """Whether this rank has seen numbers only since the last step."""
+
+    def step(self, lr: float, skip: bool = False) -> Tensor:
+        """One optimizer step, or none; returns the gradient's norm before clipping."""
+
+    def state(self) -> Iterator[StateTensor]:
+        """All of model, momentum encoder and optimizer, float32, whole, on every rank in turn.
+
+        A tensor may be gone when the next one is taken.
+        """
+
+    def load_optimizer(self, read: Callable[[str], Tensor | None]) -> None:
+        """Takes the optimizer's state; `read` gives a tensor by the name that `state` gave it."""
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """The precision that the networks run in; losses are computed outside of it."""
+    dtype = PRECISIONS[precision]
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def network_state(network: nn.Module, part: str) -> Iterator[StateTensor]:
+    """Parameters and buffers under the names of `state_dict`."""
+    for name, value in network.state_dict().items():
+        yield StateTensor(part, name, value)
 
 
 class DdpEngine:
-    """One network, its optimizer, and averaged gradients.
+    """Every rank holds everything; gradients are averaged while backward runs.
 
     Args:
         network: on its device; the engine keeps no other reference to its weights.
+        momentum_encoder: on the same device.
         config: of the optimizer.
         ranks: that share the work.
-        precision: bf16 for autocast, or float32.
+        precision: of autocast.
     """
 
     def __init__(
-        self, network: PixelEncoder, config: OptimConfig, ranks: Ranks, precision: str
+        self,
+        network: PixelEncoder,
+        momentum_encoder: PixelEncoder,
+        config: OptimConfig,
+        ranks: Ranks,
+        precision: str,
     ) -> None:
-        self.network = network
-        self.ranks = ranks
-        self.precision = precision
-        self._config = config
+        self.network, self.momentum_encoder = network, momentum_encoder
+        self.ranks, self.precision, self._config = ranks, precision, config
         self._wrapped: nn.Module = network
         self._ddp: DistributedDataParallel | None = None
         if ranks.world_size > 1:
@@ -37,38 +152,116 @@ class DdpEngine:
                 warnings.simplefilter("ignore", FutureWarning)
                 self._ddp = DistributedDataParallel(network, broadcast_buffers=False)
             self._wrapped = self._ddp
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            trained, config.lr, config.momentum, weight_decay=config.weight_decay
-        )
+        self.optimizer = build_optimizer(config, network.parameters())
+        self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16")
+        self._norm: Tensor | None = None
+
+    def rehearse(self, images: Tensor) -> None:
+        """DDP orders its buckets anew after the first step, and sums in another order from then on.
+
+        Without a rehearsal the first step after a resume would therefore differ in its last bits.
+        It also finds out before hours are spent whether a batch fits the memory.
+        """
+        output = self.forward(images)
+        nothing = 0 * (output.embedding.sum() + output.saliency.sum())
+        nothing.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def update_momentum(self, m: float) -> None:
+        update_momentum(self.momentum_encoder.parameters(), self.network.parameters(), m)
 
     def forward(self, images: Tensor) -> PixelOutput:
-        """The network on images [B, 3, H, W], with gradient."""
-        with self.autocast():
+        with autocast(self.ranks.device, self.precision):
             output: PixelOutput = self._wrapped(images)
         return output
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """The precision that the networks run in; losses are computed outside of it."""
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.ranks.device.type, torch.bfloat16)
+    @torch.no_grad()
+    def embed_keys(self, images: Tensor) -> PixelOutput:
+        with autocast(self.ranks.device, self.precision):
+            return PixelOutput(*self.momentum_encoder(images))
 
     def accumulating(self, more_follow: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch: exchange gradients only at the last."""
         if more_follow and self._ddp is not None:
             return self._ddp.no_sync()
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self._config.accumulate).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss / self._config.accumulate).backward()  # type: ignore[no-untyped-call]
 
-    def step(self, lr: float) -> Tensor:
-        """One optimizer step; returns the norm of the gradient before clipping."""
+    def gradient_is_finite(self) -> bool:
+        """The gradient is the same on every rank by now, and is clipped on the way."""
+        self._scaler.unscale_(self.optimizer)
+        limit = self._config.clip_norm or float("inf")
+        self._norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        return bool(torch.isfinite(self._norm))
+
+    def step(self, lr: float, skip: bool = False) -> Tensor:
+        assert self._norm is not None, "step() before gradient_is_finite()"
+        norm, self._norm = self._norm, None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        limit = self._config.clip_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        self.optimizer.step()
+        if not skip:
+            self.optimizer.step()
+        self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def state(self) -> Iterator[StateTensor]:
+        yield from network_state(self.network, "model")
+        yield from network_state(self.momentum_encoder, "momentum")
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                for kind, value in make_state(self.optimizer, parameter).items():
+                    yield StateTensor("optimizer", f"{kind}.{name}", value)
+        if self._scaler.is_enabled():
+            yield StateTensor("optimizer", "loss_scale", torch.tensor(self._scaler.get_scale()))
+
+    def load_optimizer(self, read: Callable[[str], Tensor | None]) -> None:
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                for kind, value in make_state(self.optimizer, parameter).items():
+                    saved = read(f"{kind}.{name}")
+                    if saved is not None:
+                        value.copy_(saved)
+        scale = read("loss_scale")
+        if self._scaler.is_enabled() and scale is not None:
+            self._scaler = torch.amp.GradScaler(self.ranks.device.type, float(scale))
+
+
+def state_names(config: OptimConfig) -> tuple[str, ...]:
+    """What the optimizer keeps for each parameter, of the parameter's shape."""
+    return STATE_NAMES[config.name]
+
+
+def make_engine(
+    config: EngineConfig,
+    optim: OptimConfig,
+    network: PixelEncoder,
+    batch_size: int,
+    ranks: Ranks,
+    precision: str,
+    momentum_state: dict[str, Tensor] | None = None,
+) -> Engine:
+    """The engine that the configuration names, over a network in training mode.
+
+    Args:
+        config: of the engine.
+        optim: of the optimizer.
+        network: on its device.
+        batch_size: images a step, over all ranks.
+        ranks: that share the work.
+        precision: of autocast.
+        momentum_state: of the momentum encoder; it starts as the network does without.
+
+    Raises:
+        InputError: DeepSpeed is not installed, or its file contradicts the configuration.
+    """
+    momentum_encoder = make_momentum_encoder(network)
+    if momentum_state is not None:
+        momentum_encoder.load_state_dict(momentum_state)
+    momentum_encoder.train()
+    if config.name == "ddp":
+        return DdpEngine(network, momentum_encoder, optim, ranks, precision)
+    from trainer.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(network, momentum_encoder, config, optim, batch_size, ranks, precision)

@@ -14,7 +14,7 @@ comes back.
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,7 +168,8 @@ class ShardedMemoryBank:
             slot = (self.next_sequence + first) // ranks.world_size
             rows = torch.arange(slot, slot + len(sample_ids[mine]), device=ranks.device)
             rows %= self.slots
-            self.keys[rows] = prototypes[mine].to(self.keys.dtype)
+            # what is no number would stay here for K prototypes; zero is at right angles to all
+            self.keys[rows] = prototypes[mine].nan_to_num(0, 0, 0).to(self.keys.dtype)
             self.sample_ids[rows] = sample_ids[mine]
             self._enqueued_at[rows] = self.updates
         self.next_sequence += count
@@ -176,51 +177,57 @@ class ShardedMemoryBank:
     # --- state ---
 
     def state(self) -> dict[str, Tensor]:
-        """Everything in order of number, on rank 0; on other ranks without entries; a collective.
-
-        Returns:
-            sequence, sample_id, update [K]; key [K, D]; next_sequence and updates.
-        """
-        columns = [self.keys, self.sample_ids, self._enqueued_at, self._sequences()]
-        kept = [[column[:0].cpu()] for column in columns]
-        for chunk in _Gathering(self, columns, counted=False):
-            if self.ranks.is_main:
-                for column, values in zip(kept, chunk, strict=True):
-                    column.append(values.cpu().clone())
-        key, sample_id, update, sequence = (torch.cat(column) for column in kept)
+        """This rank's valid entries, by number: sequence, sample_id, update [n]; key [n, D]."""
+        rows = self._valid_rows()
+        sequence = self._sequences()[rows]
         order = sequence.argsort()
         return {
             "sequence": sequence[order],
-            "sample_id": sample_id[order],
-            "update": update[order],
-            "key": key[order],
-            "next_sequence": torch.tensor(self.next_sequence),
-            "updates": torch.tensor(self.updates),
+            "sample_id": self.sample_ids[rows][order],
+            "update": self._enqueued_at[rows][order],
+            "key": self.keys[rows][order],
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def counters(self) -> dict[str, int]:
+        """What every rank knows of the whole bank; belongs to the entries of `state`."""
+        return {
+            "entries": len(self),
+            "next_sequence": self.next_sequence,
+            "updates": self.updates,
+        }
+
+    def load_state(self, parts: Iterable[dict[str, Tensor]], counters: dict[str, int]) -> None:
         """Takes this rank's entries of what any number of ranks saved.
 
+        Args:
+            parts: each rank's `state`, in any order.
+            counters: as `counters` gave them.
+
         Raises:
-            InputError: the state is of keys of another width.
+            InputError: the keys are of another width.
         """
-        if state["key"].shape[1] != self.keys.shape[1]:
-            raise InputError(
-                f"the checkpoint's bank has keys of {state['key'].shape[1]} numbers, the "
-                f"configuration's model.embedding_dim is {self.keys.shape[1]}"
-            )
-        self.next_sequence, self.updates = int(state["next_sequence"]), int(state["updates"])
-        sequence = state["sequence"]
-        if len(sequence) < min(self.next_sequence, self.capacity):
+        self.next_sequence, self.updates = counters["next_sequence"], counters["updates"]
+        renumbered = 0
+        if counters["entries"] < len(self):
             # a larger bank than the saved one: as if nothing had been before the oldest entry
-            sequence = sequence - (self.next_sequence - len(sequence))
-            self.next_sequence = len(sequence)
+            renumbered = self.next_sequence - counters["entries"]
+            self.next_sequence = counters["entries"]
+        for part in parts:
+            width = part["key"].shape[1]
+            if width != self.keys.shape[1]:
+                raise InputError(
+                    f"the checkpoint's bank has keys of {width} numbers, the configuration's "
+                    f"model.embedding_dim is {self.keys.shape[1]}"
+                )
+            self._take(part, part["sequence"] - renumbered)
+
+    def _take(self, part: dict[str, Tensor], sequence: Tensor) -> None:
         mine = sequence % self.ranks.world_size == self.ranks.rank
         mine &= sequence >= self.next_sequence - self.capacity
         rows = (sequence[mine] // self.ranks.world_size % max(1, self.slots)).to(self.keys.device)
-        self.keys[rows] = state["key"][mine].to(self.keys)
-        self.sample_ids[rows] = state["sample_id"][mine].to(self.sample_ids)
-        self._enqueued_at[rows] = state["update"][mine].to(self._enqueued_at)
+        self.keys[rows] = part["key"][mine].to(self.keys)
+        self.sample_ids[rows] = part["sample_id"][mine].to(self.sample_ids)
+        self._enqueued_at[rows] = part["update"][mine].to(self._enqueued_at)
 
     # --- diagnostics: this rank's part, to be summed over the ranks ---
 
@@ -366,10 +373,8 @@ class _Gathering:
     the next is taken.
     """
 
-    def __init__(
-        self, bank: ShardedMemoryBank, columns: list[Tensor], counted: bool = True
-    ) -> None:
-        self._bank, self._columns, self._counted = bank, columns, counted
+    def __init__(self, bank: ShardedMemoryBank, columns: list[Tensor]) -> None:
+        self._bank, self._columns = bank, columns
         world, used = bank.ranks.world_size, bank._used_slots()
         self._size = size = max(1, min(bank.slots, bank.config.chunk_size // world))
         self._spans = deque((i, min(i + size, used)) for i in range(0, used, size))
@@ -381,7 +386,7 @@ class _Gathering:
     def __iter__(self) -> Iterator[list[Tensor]]:
         while self._under_way:
             span, transfers = self._under_way.popleft()
-            columns = [self._bank._exchange.wait(transfer, self._counted) for transfer in transfers]
+            columns = [self._bank._exchange.wait(transfer) for transfer in transfers]
             yield self._without_stale(span, columns)
             for transfer in transfers:  # the consumer is done with it
                 self._bank._exchange.give_back(transfer)
@@ -396,10 +401,9 @@ class _Gathering:
             exchange.start_gather(column[first:last], self._size) for column in self._columns
         ]
         self._under_way.append((span, transfers))
-        if self._counted:
-            others = self._bank.ranks.world_size - 1
-            size = sum(column[first:last].nbytes for column in self._columns)
-            self._bank.bytes_received += others * size
+        others = self._bank.ranks.world_size - 1
+        size = sum(column[first:last].nbytes for column in self._columns)
+        self._bank.bytes_received += others * size
 
     def _without_stale(self, span: tuple[int, int], columns: list[Tensor]) -> list[Tensor]:
         """Columns [W, slots, …] as [W · slots, …], less what is stale."""

@@ -2,9 +2,9 @@
 
 import json
 import logging
-import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,15 @@ _OF_ALL_RANKS = ("prototypes", "batches", "moved_pixels", "norm")  # … and of 
 class Meter:
     """Sums of what the steps since the last log gave, on the device, without a host sync.
 
-    `totals` is float64, in the order of the names above.
+    `totals` is float64, in the order of the names above; a step's own sums are added to it once the
+    step is accepted.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         size = len(_OF_A_RANK) + len(_OF_ALL_RANKS)
         self.totals = torch.zeros(size, dtype=torch.float64, device=ranks.device)
+        self._step = torch.zeros_like(self.totals)
 
     def add(self, losses: Losses, moved_pixels: bool) -> None:
         """One micro-batch, and whether its pixels moved instead of the bank."""
@@ -55,12 +57,22 @@ class Meter:
 
     def add_exchange(self, wait_seconds: float, bytes_received: int) -> None:
         """What this rank waited for the bank's exchange, and received, since the last call."""
-        self._add("wait_seconds", wait_seconds)
-        self._add("bytes", bytes_received)
+        self.totals[_OF_A_RANK.index("wait_seconds")] += wait_seconds
+        self.totals[_OF_A_RANK.index("bytes")] += bytes_received
 
-    def add_norm(self, norm: Tensor) -> None:
-        """The gradient's norm, which is the same on every rank."""
+    def accept(self, norm: Tensor) -> None:
+        """Ends a step; the gradient's norm is the same on every rank."""
         self._add("norm", norm)
+        self.totals += self._step
+        self._step.zero_()
+
+    def discard(self) -> None:
+        """Ends a step that is not to count."""
+        self._step.zero_()
+
+    def load(self, totals: Sequence[float]) -> None:
+        """What a checkpoint held, as `collect` gave it; on rank 0."""
+        self.totals = self.totals.new_tensor(totals)
 
     def collect(self) -> Tensor:
         """Moves all ranks' sums to rank 0 and returns them; a collective.
@@ -96,9 +108,9 @@ class Meter:
 
     def _add(self, name: str, value: Tensor | float) -> None:
         if name in _OF_A_RANK:
-            self.totals[_OF_A_RANK.index(name)] += value
+            self._step[_OF_A_RANK.index(name)] += value
         elif self.ranks.is_main:
-            self.totals[len(_OF_A_RANK) + _OF_ALL_RANKS.index(name)] += value
+            self._step[len(_OF_A_RANK) + _OF_ALL_RANKS.index(name)] += value
 
 
 class MetricsLog:
@@ -174,15 +186,6 @@ class MetricsLog:
             self._last_line = time.monotonic()
             left = row["eta_seconds"]
             print(f"step {row['step']}/{self._total_steps} · {line} · ETA {left:.0f} s", flush=True)
-
-
-def refuse_non_finite(row: dict[str, Any]) -> None:
-    """Raises FloatingPointError where the loss of a row is no number."""
-    if not math.isfinite(row["loss"]):
-        raise FloatingPointError(
-            f"the loss is {row['loss']} at step {row['step']}; lower optim.lr, set "
-            "optim.clip_norm, or run.precision=float32, and start the command again"
-        )
 
 
 def peak_memory_mb(device: torch.device) -> float:

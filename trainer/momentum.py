@@ -1,8 +1,10 @@
 """The momentum encoder that embeds the key views (He et al., MoCo, CVPR 2020, section 3.2)."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from trainer.model import PixelEncoder
 
@@ -13,6 +15,12 @@ def make_momentum_encoder(encoder: PixelEncoder) -> PixelEncoder:
 
 
 @torch.no_grad()
-def update_momentum(momentum_encoder: PixelEncoder, encoder: PixelEncoder, m: float) -> None:
-    """θ_k ← m θ_k + (1 − m) θ_q; batch norm statistics are not averaged."""
-    torch._foreach_lerp_(list(momentum_encoder.parameters()), list(encoder.parameters()), 1 - m)
+def update_momentum(averages: Iterable[Tensor], weights: Iterable[Tensor], m: float) -> None:
+    """θ_k ← m θ_k + (1 − m) θ_q; batch norm statistics are not averaged.
+
+    Args:
+        averages: θ_k, float32: with m = .999 a step is less than what 16 bits can tell apart.
+        weights: θ_q, one for each of them, of the same shape.
+        m: the momentum.
+    """
+    torch._foreach_lerp_(list(averages), list(weights), 1 - m)

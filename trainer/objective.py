@@ -114,16 +114,14 @@ def choose_pixels(
         batch: this rank's part.
         ranks: of the global batch.
         config: of the losses.
-        seed, first_position: of the run, and of the global micro-batch in the endless order of
-            samples; which pixels a cap leaves depends on them alone.
+        seed, first_position: of the run, and of this rank's part in the endless order of samples;
+            which pixels a cap leaves depends on them alone.
     """
     proposals = matched_proposals(batch.query_mask, batch.key_mask, config.min_proposal_share)
     offsets = None
     if config.pixels_per_mask:
-        first = first_position + ranks.rank * len(batch.sample_id)
-        draws = [
-            generator(seed, _OFFSETS, 0, first + i).random() for i in range(len(batch.sample_id))
-        ]
+        positions = range(first_position, first_position + len(batch.sample_id))
+        draws = [generator(seed, _OFFSETS, 0, position).random() for position in positions]
         offsets = torch.tensor(draws, dtype=torch.float64)
     pixels = query_pixels(batch.query_mask, proposals, config.pixels_per_mask, offsets)
 

@@ -1,27 +1,46 @@
-"""A request to stop, agreed by all ranks at a step boundary."""
+"""A request to stop: a signal, or a file in the run directory; acted upon at a step boundary."""
 
 import signal
+from pathlib import Path
 from types import FrameType
 
-from trainer.distributed import Ranks, any_rank
+from trainer.distributed import Ranks
 
+STOP_FILE = "STOP"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers that this process was asked to stop; never acts in the middle of a step."""
+    """Remembers that this process was asked to stop; never acts in the middle of a step.
 
-    def __init__(self) -> None:
-        self.signal_name = ""
+    Args:
+        run: run directory. A file `STOP` there, whoever made it, stops the run; rank 0 looks, and
+            takes it away when it has been obeyed.
+        ranks: that have to agree.
+    """
+
+    def __init__(self, run: Path, ranks: Ranks) -> None:
+        self.reason = ""
+        self._file = run / STOP_FILE
+        self._looks = ranks.is_main
+        if self._looks:
+            self._file.unlink(missing_ok=True)  # was meant for the run before
         self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
 
-    def agreed(self, ranks: Ranks) -> bool:
-        """Whether any rank was asked to stop; a collective."""
-        return any_rank(bool(self.signal_name), ranks)
+    def asked(self) -> bool:
+        """Whether this rank was asked; the ranks agree on it with `distributed.agree`."""
+        if self._looks and not self.reason and self._file.exists():
+            self.reason = f"the file {self._file}"
+        return bool(self.reason)
+
+    def obeyed(self) -> None:
+        """The run stops now."""
+        if self._looks:
+            self._file.unlink(missing_ok=True)
 
     def close(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
+        self.reason = signal.Signals(number).name

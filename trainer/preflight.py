@@ -16,7 +16,7 @@ import torch
 
 from data_pipeline.errors import InputError
 from data_pipeline.manifest import Manifest, missing_shards, read_manifest, require_component
-from trainer.checkpoint import Checkpoint, newest_checkpoint
+from trainer.checkpoint import complete_checkpoints
 from trainer.config import TrainConfig, load_config, resume_difference
 from trainer.encoder import initial_network, read_run_config
 
@@ -29,7 +29,8 @@ class Plan:
         manifest: of the training shards.
         total_steps: optimizer steps.
         steps_per_epoch: need not be whole; batches run on over the end of an epoch.
-        checkpoint: to go on from, if any.
+        run: run directory.
+        begun: whether it holds a checkpoint to go on from.
         data_fingerprint: of the shards' contents.
         warnings: what may go on, but should be known.
     """
@@ -37,7 +38,8 @@ class Plan:
     manifest: Manifest
     total_steps: int
     steps_per_epoch: float
-    checkpoint: Checkpoint | None
+    run: Path
+    begun: bool
     data_fingerprint: str
     warnings: tuple[str, ...] = ()
 
@@ -55,18 +57,7 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
     cache = Path(config.data.cache) if config.data.cache else None
     manifest = read_manifest(config.data.shards, False, cache, config.data.cache_gib)
     require_component(manifest, "mask", "training")
-    micro_batches = config.optim.accumulate
-    if config.data.batch_size % (world_size * micro_batches):
-        raise InputError(
-            f"data.batch_size {config.data.batch_size} is not divisible by {world_size} ranks × "
-            f"{micro_batches} micro-batches; set it to a multiple of {world_size * micro_batches}"
-        )
-    local = config.data.batch_size // (world_size * micro_batches)
-    if local == 1 and config.model.batch_norm in ("plain", "shuffle"):
-        raise InputError(
-            "each rank's micro-batch is one image, of which batch norm over the pooled branch has "
-            "no variance; raise data.batch_size, or set model.batch_norm=sync or frozen"
-        )
+    _check_batch(config, world_size)
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise InputError("run.device is cuda, but torch sees no GPU here; set it to cpu or auto")
     steps_per_epoch = manifest.samples / config.data.batch_size
@@ -86,7 +77,8 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         manifest,
         total_steps,
         steps_per_epoch,
-        newest_checkpoint(run),
+        run,
+        bool(complete_checkpoints(run)),
         digest.hexdigest(),
         tuple(_warnings(config, manifest)),
     )
@@ -117,18 +109,44 @@ def _check_run_directory(run: Path, config: TrainConfig, plan: Plan) -> None:
         raise InputError(
             f"run.directory {run} cannot be written ({error.strerror}); choose another"
         ) from None
-    if plan.checkpoint is None:
+    if not plan.begun:
         return
     if difference := resume_difference(read_run_config(run), config):
         raise InputError(
             f"{run} holds a run with other settings: {difference}. Set it back to go on with that "
             "run, or choose another run.directory"
         )
-    progress = plan.checkpoint.load("progress")
-    if progress["data"] != plan.data_fingerprint:
+    for checkpoint in reversed(complete_checkpoints(run)):
+        try:
+            progress = checkpoint.describe()["progress"]
+        except InputError:
+            continue  # passed over, and said, when the run goes on
+        if progress.get("data") != plan.data_fingerprint:
+            raise InputError(
+                f"{run} was trained on other shards than {config.data.shards}; give data.shards "
+                "the former ones to go on with that run, or choose another run.directory"
+            )
+        return
+
+
+def _check_batch(config: TrainConfig, world_size: int) -> None:
+    size, micro_batches = config.data.batch_size, config.optim.accumulate
+    if size % micro_batches:
         raise InputError(
-            f"{run} was trained on other shards than {config.data.shards}; give data.shards the "
-            "former ones to go on with that run, or choose another run.directory"
+            f"data.batch_size {size} is not divisible by optim.accumulate {micro_batches}; set it "
+            f"to a multiple of {micro_batches}"
+        )
+    local = size // micro_batches // world_size  # of the rank that has the fewest
+    if local == 0:
+        raise InputError(
+            f"data.batch_size {size} in {micro_batches} micro-batches gives {world_size} ranks "
+            f"less than one image each; raise it to {world_size * micro_batches} or more, or start "
+            "fewer ranks"
+        )
+    if local == 1 and config.model.batch_norm in ("plain", "shuffle"):
+        raise InputError(
+            "a rank's micro-batch is one image, of which batch norm over the pooled branch has "
+            "no variance; raise data.batch_size, or set model.batch_norm=sync or frozen"
         )
 
 
@@ -148,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = load_config(options.recipe, options.config, options.settings)
         plan = plan_run(config, options.world_size)
-        if plan.checkpoint is None:
+        if not plan.begun:
             initial_network(config)
     except InputError as error:
         print(f"maskbank: {error}", file=sys.stderr)

@@ -7,11 +7,13 @@ from data_pipeline.errors import InputError
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD and its schedule.
+    """The optimizer and its schedule.
 
     Attributes:
+        name: sgd, or adamw.
         lr: base learning rate.
-        momentum, weight_decay: of SGD.
+        momentum, weight_decay: of SGD; momentum is AdamW's first beta.
+        beta2: AdamW's second beta.
         schedule: poly, (1 − progress)^power, or constant.
         per: progress is counted in whole epochs (as published) or in steps.
         power: of poly.
@@ -20,9 +22,11 @@ class OptimConfig:
         accumulate: micro-batches a step; each has its own in-batch prototypes.
     """
 
+    name: str = "sgd"
     lr: float = 0.004
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    beta2: float = 0.999
     schedule: str = "poly"
     per: str = "epoch"
     power: float = 0.9
@@ -31,6 +35,10 @@ class OptimConfig:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
+        if self.name not in ("sgd", "adamw"):
+            raise InputError(f"optim.name is {self.name!r}; it can be sgd or adamw")
+        if not 0 <= self.beta2 < 1:
+            raise InputError(f"optim.beta2 is {self.beta2}; it must be in 0…1 (1 excluded)")
         if self.lr <= 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
             raise InputError(
                 "optim.lr must be above 0, optim.weight_decay not negative, optim.momentum in 0…1"

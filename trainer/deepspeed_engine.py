@@ -1,0 +1,245 @@
+"""DeepSpeed behind `engine.Engine`: the only module that imports it.
+
+Weights, optimizer and their checkpoints go through DeepSpeed's public functions for reading and
+writing a parameter's whole or local state, so that what is saved is the same as DDP's.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.errors import InputError
+from trainer.deepspeed_config import deepspeed_settings, zero_stage
+from trainer.distributed import Ranks, all_gather_equal
+from trainer.engine import EngineConfig, StateTensor, autocast, network_state, state_names
+from trainer.model import PixelEncoder, PixelOutput
+from trainer.momentum import update_momentum
+from trainer.optimizer import build_optimizer, make_state
+from trainer.schedule import OptimConfig
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The module.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it looks for GPUs on import otherwise
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise InputError(
+            f"engine.name is deepspeed, but DeepSpeed cannot be imported ({error}); "
+            "pip install 'maskbank[deepspeed]', or set engine.name=ddp"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+class DeepSpeedEngine:
+    """ZeRO 0 to 3. With stage 3 the momentum encoder is cut over the ranks as the network is.
+
+    Args:
+        network: on its device.
+        momentum_encoder: on the same device.
+        config: of the engine.
+        optim: of the optimizer.
+        batch_size: images a step.
+        ranks: that share the work; one is enough.
+        precision: of autocast.
+    """
+
+    def __init__(
+        self,
+        network: PixelEncoder,
+        momentum_encoder: PixelEncoder,
+        config: EngineConfig,
+        optim: OptimConfig,
+        batch_size: int,
+        ranks: Ranks,
+        precision: str,
+    ) -> None:
+        self._deepspeed = import_deepspeed(ranks.device)
+        self.ranks, self.precision, self._config = ranks, precision, optim
+        settings = deepspeed_settings(config, optim, batch_size, ranks.world_size, precision)
+        self._stage = zero_stage(settings)
+        # it flattens weights, and sends them as bytes, which channels-last ones cannot be
+        network.to(memory_format=torch.contiguous_format)
+        momentum_encoder.to(memory_format=torch.contiguous_format)
+        self.network, self.momentum_encoder = network, momentum_encoder
+        self._base = build_optimizer(optim, network.parameters())
+        self._base.hold = True  # stage 3 takes a step when it is made
+        self._engine, self.optimizer = self._initialize(network, settings, self._base)
+        self._base.hold = False
+        self._momentum_engine: Any = None
+        if self._stage == 3:
+            self._momentum_engine, _ = self._initialize(
+                momentum_encoder, _for_inference(settings), None
+            )
+        self._gradient_sum: Tensor | None = None
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._look_at)  # type: ignore[no-untyped-call]
+
+    def _initialize(self, network: nn.Module, settings: dict[str, Any], optimizer: Any) -> Any:
+        engine, wrapped, _, _ = self._deepspeed.initialize(
+            model=network, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        return engine, wrapped
+
+    def rehearse(self, images: Tensor) -> None:
+        """A held step: the optimizer's state comes to be, and DeepSpeed learns where it is."""
+        self._base.hold = True
+        for micro in range(self._config.accumulate):
+            output = self.forward(images)
+            self.backward(0 * (output.embedding.sum() + output.saliency.sum()))
+            if micro + 1 < self._config.accumulate:
+                self._engine.step()
+        self._engine.step()
+        self._base.hold = False
+        self._gradient_sum = None
+
+    def update_momentum(self, m: float) -> None:
+        if self._stage < 3:
+            update_momentum(self.momentum_encoder.parameters(), self.network.parameters(), m)
+            return
+        pairs = zip(self.network.parameters(), self.momentum_encoder.parameters(), strict=True)
+        averages, weights = [], []
+        for parameter, average in pairs:
+            if parameter.requires_grad:  # what is frozen is equal in both
+                local = self._deepspeed.utils.safe_get_local_fp32_param(parameter)
+                weights.append(local.to(self.ranks.device))
+                averages.append(_partition(average)[: local.numel()])
+        update_momentum(averages, weights, m)
+
+    def forward(self, images: Tensor) -> PixelOutput:
+        output: PixelOutput = self._engine(images)
+        return output
+
+    @torch.no_grad()
+    def embed_keys(self, images: Tensor) -> PixelOutput:
+        if self._momentum_engine is not None:
+            return PixelOutput(*self._momentum_engine(images))
+        with autocast(self.ranks.device, self.precision):
+            return PixelOutput(*self.momentum_encoder(images))
+
+    def accumulating(self, more_follow: bool) -> AbstractContextManager[None]:
+        """DeepSpeed counts micro-batches itself."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch
+
+    def gradient_is_finite(self) -> bool:
+        seen, self._gradient_sum = self._gradient_sum, None
+        return seen is None or bool(torch.isfinite(seen))
+
+    def step(self, lr: float, skip: bool = False) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._norm_of_unwrapped()
+        self._base.hold = skip
+        self._engine.step()
+        self._base.hold = False
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device)
+
+    def state(self) -> Iterator[StateTensor]:
+        yield from self._weights(self.network, "model")
+        yield from self._weights(self.momentum_encoder, "momentum")
+        for name, parameter in self.network.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            for kind in state_names(self._config):
+                yield StateTensor("optimizer", f"{kind}.{name}", self._get(parameter, kind))
+            if self._config.name == "adamw":
+                yield StateTensor("optimizer", f"step.{name}", self._steps().clone())
+
+    def load_optimizer(self, read: Callable[[str], Tensor | None]) -> None:
+        for name, parameter in self.network.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            for kind in state_names(self._config):
+                saved = read(f"{kind}.{name}")
+                if saved is not None:
+                    self._set(parameter, kind, saved.to(self.ranks.device))
+            steps = read(f"step.{name}")
+            if steps is not None and self._config.name == "adamw":
+                for state in self._base.state.values():
+                    state["step"].copy_(steps)
+
+    # --- one parameter's state, wherever ZeRO has put it ---
+
+    def _weights(self, network: nn.Module, part: str) -> Iterator[StateTensor]:
+        if self._stage < 3:
+            yield from network_state(network, part)
+            return
+        for name, parameter in network.named_parameters():
+            # its own gathering would round to what autocast computes in
+            local = _partition(parameter).to(self.ranks.device)
+            shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
+            whole = all_gather_equal(local, self.ranks)[: shape.numel()]
+            yield StateTensor(part, name, whole.view(shape))
+        for name, buffer in network.named_buffers():
+            yield StateTensor(part, name, buffer)
+
+    def _get(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        if self._stage == 0:
+            value: Tensor = make_state(self._base, parameter)[kind]
+            return value
+        found = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
+        assert found is not None, kind
+        whole: Tensor = found
+        return whole
+
+    def _set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        utils = self._deepspeed.utils
+        if self._stage == 0:
+            make_state(self._base, parameter)[kind].copy_(value)
+        elif self._stage < 3:
+            utils.safe_set_full_optimizer_state(parameter, value, kind)
+        else:
+            # its own function for whole states fails where they do not divide evenly
+            size = _partition(parameter).numel()
+            flat = value.new_zeros(size * self.ranks.world_size)
+            flat[: value.numel()] = value.flatten()
+            mine = flat[size * self.ranks.rank :][:size]
+            utils.safe_set_local_optimizer_state(parameter, mine, kind)
+
+    def _steps(self) -> Tensor:
+        return next((state["step"] for state in self._base.state.values()), torch.tensor(0.0))
+
+    def _look_at(self, gradient: Tensor) -> None:
+        """A sum is a number only if all of its parts are."""
+        total = gradient.detach().float().sum()
+        self._gradient_sum = total if self._gradient_sum is None else self._gradient_sum + total
+
+    def _norm_of_unwrapped(self) -> Tensor | None:
+        """Stage 0 in float32 is torch's optimizer, of which DeepSpeed knows no norm."""
+        if self._stage > 0:
+            return None
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+
+def _partition(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter under stage 3, flat, as long on every rank."""
+    local: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
+    return local
+
+
+def _for_inference(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of the momentum encoder: no optimizer, and every weight where it can be averaged in parts."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    kept = ("train_micro_batch_size_per_gpu", "torch_autocast", "steps_per_print")
+    return {**{key: settings[key] for key in kept if key in settings}, "zero_optimization": zero}
