@@ -118,8 +118,7 @@ def test_killed_at_a_random_moment_and_started_again_gives_the_same_run(
         process = start(command(shards, run, 2))
         wait_for_step(run, int(step), process)
         time.sleep(float(draw.uniform(0, 0.5)))  # anywhere in a step or a checkpoint's write
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill_all(process)
     finish(command(shards, run, 2))
     assert_same_run(run, undisturbed)
 
@@ -143,6 +142,13 @@ def test_asked_to_stop_it_saves_and_goes_on_to_the_same_result(
         assert torch.equal(value, second[name]), name
 
 
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """The launcher and its ranks, which are no process group of their own."""
+    for pid in (*children(process.pid), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
 def children(parent: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
@@ -156,8 +162,7 @@ def test_one_rank_goes_on_where_two_stopped(
     finish(command(shards, tmp_path / "two", 2, *frozen))
     process = start(command(shards, run, 2, *frozen))
     wait_for_step(run, 8, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_all(process)
     finish(command(shards, run, 1, *frozen))
     two, fewer = final_state(tmp_path / "two"), final_state(run)
     assert two["bank.sample_id"].tolist() == fewer["bank.sample_id"].tolist()

@@ -24,6 +24,10 @@ from trainer.engine import StateTensor
 from trainer.tensor_file import FileRecord, write_tensors
 
 
+class OtherRankFailed(OSError):
+    """Another rank has failed, and says why."""
+
+
 class CheckpointWriter:
     """One checkpoint at a time, written by all ranks.
 
@@ -87,7 +91,9 @@ class CheckpointWriter:
             self.wait()
             if self._ranks.is_main and step is not None:
                 shutil.rmtree(temporary_folder(self._run, step), ignore_errors=True)
-            raise OSError(self.failure or f"a rank could not write the checkpoint of step {step}")
+            if self.failure:
+                raise OSError(self.failure)
+            raise OtherRankFailed(f"another rank could not write the checkpoint of step {step}")
         if self.step is None or any_busy:
             return
         if self._publishing:

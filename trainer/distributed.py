@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.errors import InputError
+from trainer.rendezvous import fresh_store
 
 T = TypeVar("T")
 _SECONDS_FOR_RANK_0 = 30
@@ -66,12 +67,17 @@ def start_ranks(device: str, timeout_seconds: float, hangs: Path | None = None) 
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     if hangs is not None:
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(hangs / "nccl-rank-"))
+    rank = int(os.environ["RANK"])
+    store = fresh_store(rank, world_size, timeout_seconds)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         timeout=timedelta(seconds=timeout_seconds),
+        store=store,
+        rank=rank if store is not None else -1,
+        world_size=world_size if store is not None else -1,
         device_id=chosen if on_gpu else None,
     )
-    return Ranks(dist.get_rank(), world_size, chosen, timeout_seconds)
+    return Ranks(rank, world_size, chosen, timeout_seconds)
 
 
 def cores_per_rank() -> int:

@@ -133,7 +133,7 @@ class MetricsLog:
 
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
         self._console = Console(stderr=True)
-        self._last_line = 0.0
+        self._last_line, self._skipped = 0.0, 0
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(bar_width=20),
@@ -156,7 +156,8 @@ class MetricsLog:
             for name, value in row.items():
                 if name != "step":
                     self._board.add_scalar(name, value, row["step"])
-        if row["prototypes"] == 0:
+        skipped, self._skipped = row["skipped_steps"] > self._skipped, row["skipped_steps"]
+        if row["prototypes"] == 0 and not skipped:
             log.warning(
                 "no object in any pair of views up to step %d: check the masks, views.min_coverage "
                 "and loss.min_proposal_share",

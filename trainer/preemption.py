@@ -1,5 +1,6 @@
 """A request to stop: a signal, or a file in the run directory; acted upon at a step boundary."""
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -23,14 +24,17 @@ class StopRequest:
         self.reason = ""
         self._file = run / STOP_FILE
         self._looks = ranks.is_main
+        self._parent = os.getppid()
         if self._looks:
             self._file.unlink(missing_ok=True)  # was meant for the run before
         self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
 
     def asked(self) -> bool:
         """Whether this rank was asked; the ranks agree on it with `distributed.agree`."""
-        if self._looks and not self.reason and self._file.exists():
+        if not self.reason and self._looks and self._file.exists():
             self.reason = f"the file {self._file}"
+        if not self.reason and os.getppid() != self._parent:
+            self.reason = "the launcher's end"  # nobody would start or stop this run any more
         return bool(self.reason)
 
     def obeyed(self) -> None:
@@ -43,4 +47,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        name = signal.Signals(number).name
+        if name == self.reason == "SIGINT":
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the checkpoint
+        self.reason = name

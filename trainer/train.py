@@ -18,6 +18,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
 from data_pipeline.files import FolderInUse, only_writer
 from data_pipeline.loader import BatchStream
+from trainer.checkpoint_writer import OtherRankFailed
 from trainer.config import TrainConfig, load_config
 from trainer.distributed import (
     Ranks,
@@ -36,6 +37,7 @@ from trainer.state import TrainState
 from trainer.watchdog import Watchdog, record_for_launcher, say
 
 logger = logging.getLogger(__name__)
+_SECONDS_FOR_LAST_WORDS = 5.0
 
 
 def train(config: TrainConfig, plan: Plan, ranks: Ranks, watchdog: Watchdog) -> int:
@@ -142,14 +144,16 @@ def _errors_told(ranks: Ranks, watchdog: Watchdog) -> Iterator[None]:
     """Ends this rank with one line that names the rank and the cause; the others hear of it."""
     try:
         yield
+    except OtherRankFailed:
+        time.sleep(_SECONDS_FOR_LAST_WORDS)  # launchers end all ranks with the first that leaves
+        _leave(1)
     except (InputError, OSError, FloatingPointError) as error:
         status, message = (2 if isinstance(error, InputError) else 1), str(error)
         if not message.startswith("rank "):
             message = f"rank {ranks.rank}: {message}"
         watchdog.fail(message)
-        # these two are the same on every rank
         shared = isinstance(error, FloatingPointError | NoRestartHelps)
-        if ranks.is_main or not shared:
+        if ranks.is_main or not shared:  # what is the same on every rank is said once
             say(message)
         record_for_launcher(message)
         if isinstance(error, FloatingPointError | NoRestartHelps):
@@ -158,11 +162,11 @@ def _errors_told(ranks: Ranks, watchdog: Watchdog) -> Iterator[None]:
     except RuntimeError as error:
         # torch's errors of broken connections have no type of their own
         if not _is_connection_error(error):
-            watchdog.fail(f"rank {ranks.rank}: {type(error).__name__}: {error}")
+            watchdog.fail(f"rank {ranks.rank}: {type(error).__name__}: {error}"[:2000])
             raise
         message = watchdog.explain_lost_connection(str(error).splitlines()[0][:200])
         watchdog.fail(message)
-        if ranks.is_main or message.startswith("rank 0:"):
+        if watchdog.should_say(message):
             say(message)
         record_for_launcher(message)
         _leave(1)

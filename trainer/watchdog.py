@@ -90,6 +90,8 @@ class Watchdog:
         self._done = threading.Event()
         self._seen: dict[int, tuple[int, float]] = {}  # rank: its last count, and when it was new
         self._signs: dict[int, Sign] = {}
+        self._own: set[str] = set()  # verdicts that this rank came to
+        self._heard: set[str] = set()  # verdicts of ranks that failed by themselves
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -109,24 +111,41 @@ class Watchdog:
         self._since = time.monotonic()
 
     def fail(self, message: str) -> None:
-        """Tells all ranks why this one ends, unless another one was first."""
+        """Tells all ranks why this one ends, unless another one was first.
+
+        Args:
+            message: begins with "rank N: ", N being where the cause is.
+        """
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
-                self._store.compare_set("verdict", "", f"rank {self._ranks.rank}: {message}")
+                self._store.compare_set("verdict", "", message)
 
     def explain_lost_connection(self, reason: str) -> str:
         """Why a collective broke: another rank's verdict, or a rank whose process is gone."""
         deadline = time.monotonic() + 3
         while time.monotonic() < deadline:
-            if verdict := self._verdict():
-                return verdict
+            with contextlib.suppress(RuntimeError):  # the store may have gone as well
+                if verdict := self._verdict():
+                    return verdict
             if gone := self._dead_neighbours():
-                return f"rank {gone[0]}: its process is gone, in step {self._step + 1}"
+                return (
+                    f"rank {gone[0]}: its process has ended without a word, in step "
+                    f"{self._step + 1}; it was killed, perhaps for want of memory"
+                )
             time.sleep(0.1)
         return (
             f"rank {self._ranks.rank}: the connection to another rank broke in step "
             f"{self._step + 1} ({reason}); what ended there is in that rank's output"
         )
+
+    def should_say(self, verdict: str) -> bool:
+        """Whether this rank tells the terminal: one does, unless the culprit has done so."""
+        culprit = verdict.partition(":")[0]
+        if self._ranks.rank != (1 if culprit == "rank 0" else 0):
+            return False
+        number = culprit.removeprefix("rank ")
+        sign = self._signs.get(int(number)) if number.isdigit() else None
+        return verdict not in self._heard or sign is None or not self._is_here(sign)
 
     # --- the thread ---
 
@@ -143,8 +162,9 @@ class Watchdog:
                 verdict = None
                 if time.monotonic() - last_contact > self._timeout:
                     verdict = (
-                        f"rank {self._ranks.rank}: the ranks' store has not answered for "
-                        f"{self._timeout:g} s; the machine that it is on is gone or cut off"
+                        f"rank 0: the store that is kept there has not answered for "
+                        f"{self._timeout:g} s; rank 0 was stopped, or its machine is gone or cut "
+                        "off"
                     )
             if verdict and not self._done.is_set():
                 self._end(verdict)
@@ -163,6 +183,7 @@ class Watchdog:
         self._read_signs(watched)
         verdict = self._of_silent(watched) or (self._ranks.is_main and self._of_slow(own)) or ""
         if verdict:
+            self._own.add(verdict)
             self._store.compare_set("verdict", "", verdict)
             return self._verdict() or verdict
         return ""
@@ -213,7 +234,10 @@ class Watchdog:
         if self._store is None or not self._store.check(["verdict"]):
             return ""
         text: bytes = self._store.get("verdict")
-        return text.decode()
+        verdict = text.decode()
+        if verdict not in self._own:
+            self._heard.add(verdict)
+        return verdict
 
     def _dead_neighbours(self) -> list[int]:
         """Ranks of this node whose process has ended."""
@@ -233,8 +257,8 @@ class Watchdog:
         """Leaves traces and ends this process, wherever its main thread is."""
         dumped = self._dump()
         culprit = verdict.partition(":")[0]
-        if self._ranks.is_main or culprit == "rank 0":
-            say(f"{verdict}. Stacks of the other ranks: {dumped}")
+        if self.should_say(verdict):
+            say(f"{verdict}. What the other ranks were doing: {dumped}")
         time.sleep(3 * self._interval)  # for the others' traces, before a launcher ends them
         self._kill_silent(culprit)
         record_for_launcher(verdict)

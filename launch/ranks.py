@@ -1,0 +1,80 @@
+"""torchrun with manners: `python -m launch.ranks TORCHRUN-ARGUMENTS`.
+
+A request to stop (Ctrl-C, SIGTERM, SIGUSR1) reaches the ranks as SIGUSR1, and they are left to
+finish their step and checkpoint; torchrun itself would kill them after 30 seconds. The second
+request is torchrun's own. When a rank fails, its own line says why, without a traceback through the
+launcher.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+_REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs torchrun; its exit status is that of the rank that failed first."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.run import main as torchrun
+
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # ranks have said it themselves
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    given = arguments or sys.argv[1:]
+    if any(word.startswith("--nnodes") and ":" in word for word in given):
+        # torch 2.14 does not tell a node that comes later where the store is, if it is shared
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    for number in _REQUESTS:
+        signal.signal(number, _ask_ranks_to_stop)
+    try:
+        torchrun(["--signals-to-handle=SIGHUP,SIGQUIT", *given])
+    except RendezvousError as error:
+        print(
+            f"maskbank: the nodes have lost each other ({error}); the node that all meet at "
+            "(--rdzv-endpoint) must stay until the end",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:  # it has said why
+            return failure.exitcode or 1
+        name = signal.Signals(-failure.exitcode).name
+        hint = "; was there too little memory?" if name == "SIGKILL" else ""
+        print(f"maskbank: rank {rank} was ended by {name}{hint}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _ask_ranks_to_stop(number: int, frame: FrameType | None) -> None:
+    """The first request; from the second on torchrun acts as it does by itself."""
+    for request in _REQUESTS:
+        signal.signal(request, _end_now)
+    if number != signal.SIGINT or not sys.stdin.isatty():  # a terminal tells the ranks itself
+        for child in _children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGUSR1)
+    print("maskbank: stopping after this step; once more ends at once", file=sys.stderr, flush=True)
+
+
+def _end_now(number: int, frame: FrameType | None) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    raise SignalException("ended by request", sigval=signal.Signals(number))
+
+
+def _children() -> list[int]:
+    file = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    return [int(pid) for pid in file.read_text().split()] if file.exists() else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
