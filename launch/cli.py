@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from launch.demo import DemoScale, run_demo
+from launch.doctor import Device, DoctorOptions, run_doctor
 from launch.torchrun import module_command, run, torchrun_command
 
 app = typer.Typer(
@@ -86,6 +87,29 @@ def evaluate(context: typer.Context) -> None:
         num_processes, arguments = max(1, int(arguments[1])), arguments[2:]
     command = torchrun_command("evaluation.cli", arguments, num_processes)
     sys.exit(run(command, num_processes))
+
+
+@app.command()
+def doctor(
+    num_processes: Annotated[
+        Optional[int],  # noqa: UP045 (typer)
+        typer.Option("--nproc", "-n", min=1, help="Ranks to start: by default one a GPU, else 2."),
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where runs and shards are to be.")] = Path("."),
+    device: Annotated[Device, typer.Option(help="What the ranks are to run on.")] = Device.auto,
+    timeout: Annotated[
+        float, typer.Option(min=5, help="Seconds for each check that may hang, and for all ranks.")
+    ] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Examine this machine before hours are spent on it: versions, devices, disk, ranks.
+
+    Exit status 1 if something failed; each failure and warning comes with what to do.
+
+    Example: `maskbank doctor --folder /data/runs`; on several nodes, in a job:
+    `srun --ntasks-per-node=1 maskbank doctor --folder /shared/runs`
+    """
+    sys.exit(run_doctor(DoctorOptions(num_processes, folder, device.value, timeout, as_json)))
 
 
 def main() -> None:

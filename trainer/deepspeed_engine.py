@@ -6,6 +6,7 @@ writing a parameter's whole or local state, so that what is saved is the same as
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -31,7 +32,7 @@ def import_deepspeed(device: torch.device) -> Any:
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it looks for GPUs on import otherwise
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         import deepspeed  # type: ignore[import-untyped]
     except ImportError as error:
@@ -39,7 +40,11 @@ def import_deepspeed(device: torch.device) -> Any:
             f"engine.name is deepspeed, but DeepSpeed cannot be imported ({error}); "
             "pip install 'maskbank[deepspeed]', or set engine.name=ddp"
         ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # A C++ extension for inference, which every start would compile or look for under a lock file;
+    # a process that is killed meanwhile leaves the file, and all later starts wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     return deepspeed
 
 
