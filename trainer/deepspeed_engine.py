@@ -12,7 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from data_pipeline.errors import InputError
 from trainer.deepspeed_config import deepspeed_settings, zero_stage
@@ -34,7 +36,7 @@ def import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it looks for GPUs on import otherwise
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
-        import deepspeed  # type: ignore[import-untyped]
+        import deepspeed
     except ImportError as error:
         raise InputError(
             f"engine.name is deepspeed, but DeepSpeed cannot be imported ({error}); "
@@ -72,6 +74,7 @@ class DeepSpeedEngine:
         precision: str,
     ) -> None:
         self._deepspeed = import_deepspeed(ranks.device)
+        _make_group_for_one(ranks)
         self.ranks, self.precision, self._config = ranks, precision, optim
         settings = deepspeed_settings(config, optim, batch_size, ranks.world_size, precision)
         self._stage = zero_stage(settings)
@@ -235,6 +238,14 @@ class DeepSpeedEngine:
             return None
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
+
+
+def _make_group_for_one(ranks: Ranks) -> None:
+    """DeepSpeed wants torchrun's variables and a process group also where there is one rank."""
+    os.environ.setdefault("LOCAL_RANK", str(ranks.device.index or 0))
+    if not dist.is_initialized():
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def _partition(parameter: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ class SkipCounter:
             )
         if self._limit and self._in_a_row >= self._limit:
             raise FloatingPointError(
-                f"rank {rank}: the {what} is not finite, for the {self._in_a_row}th step in a row "
-                f"(step {step + 1}); lower optim.lr, set optim.clip_norm or run.precision=float32, "
+                f"rank {rank}: the {what} is not finite, for {self._in_a_row} steps in a row (now "
+                f"step {step + 1}); lower optim.lr, set optim.clip_norm or run.precision=float32, "
                 "and start the command again"
             )
 
