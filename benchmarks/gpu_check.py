@@ -2,8 +2,9 @@
 
 Mixed decoding against CPU decoding; the one-pass loss with keys of 32 and 16 bits against float64,
 its time and memory; training steps in bf16 with a bank of 65,536 entries, and the same over all
-GPUs with nccl. Writes a Markdown file into `benchmarks/results/`; without a GPU it says so and ends
-with status 0.
+GPUs with nccl; both engines in every precision, compiled and with activations computed twice, going
+on from each other's checkpoints; a rank that hangs. Writes a Markdown file into
+`benchmarks/results/`; without a GPU it says so and ends with status 0.
 """
 
 import json
@@ -143,6 +144,84 @@ def training(manifest: Manifest, folder: Path, ranks: int) -> list[Row]:
     ]
 
 
+_VARIANTS = {
+    "ddp float32": ("run.precision=float32",),
+    "ddp bf16": ("run.precision=bf16",),
+    "ddp fp16": ("run.precision=fp16",),
+    "ddp bf16 compiled": ("run.precision=bf16", "model.compile=true"),
+    "ddp bf16, activations twice": ("run.precision=bf16", "model.checkpoint_activations=true"),
+    "zero-1 bf16": ("run.precision=bf16", "engine.name=deepspeed"),
+    "zero-2 fp16": ("run.precision=fp16", "engine.name=deepspeed", "engine.zero_stage=2"),
+    "zero-2 bf16, optimizer on the host": (
+        *("run.precision=bf16", "engine.name=deepspeed", "engine.zero_stage=2"),
+        "engine.offload_optimizer=true",
+    ),
+    "zero-3 bf16": ("run.precision=bf16", "engine.name=deepspeed", "engine.zero_stage=3"),
+}
+
+
+def engines(manifest: Manifest, folder: Path, ranks: int) -> list[Row]:
+    """Thirty steps of ResNet-50 in every engine and precision: last loss, speed, memory."""
+    rows = []
+    for name, settings in _VARIANTS.items():
+        run = folder / f"engine-{ranks}-{name}"
+        error = _train(manifest, run, ranks, "run.steps=30", "run.checkpoint_every=15", *settings)
+        if error:
+            rows.append((f"{name}, {ranks} GPUs", error, "FAILED"))
+            continue
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        # fp16 lowers its loss scale in the first steps
+        well = np.isfinite(last["loss"]) and last["skipped_steps"] <= (15 if "fp16" in name else 0)
+        figure = (
+            f"loss {last['loss']:.3f}, {last['images_per_second']:,.0f} images/s, "
+            f"{last['memory_mb']:,.0f} MB, {last['skipped_steps']} skipped"
+        )
+        rows.append((f"{name}, {ranks} GPUs", figure, _verdict(bool(well))))
+    return rows
+
+
+def across(manifest: Manifest, folder: Path, ranks: int) -> list[Row]:
+    """ZeRO-3 to step 15, then DDP to step 30 from its checkpoint."""
+    run = folder / f"across-{ranks}"
+    first = ("engine.name=deepspeed", "engine.zero_stage=3", "run.checkpoint_every=15")
+    error = _train(manifest, run, ranks, "run.steps=30", *first, fault=("raise", "0", "20"))
+    went_on = _train(manifest, run, ranks, "run.steps=30", "run.checkpoint_every=15")
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    well = bool(error) and not went_on and steps[-1] == 30
+    return [(f"ZeRO-3, then DDP, {ranks} GPUs", went_on or f"steps {steps}", _verdict(well))]
+
+
+def hang(manifest: Manifest, folder: Path, ranks: int) -> list[Row]:
+    """The last rank stops in step 7: all end, it is named, nccl's collectives are recorded."""
+    run, start = folder / f"hang-{ranks}", time.perf_counter()
+    limit = ("run.timeout_seconds=20", "run.steps=30")
+    said = _train(manifest, run, ranks, *limit, fault=("stop", str(ranks - 1), "7"))
+    seconds = time.perf_counter() - start
+    recorded = len(list(run.glob("hangs/*/collectives-*.json")))
+    well = f"rank {ranks - 1}: no sign of life for 20 s" in said and recorded == ranks - 1
+    figure = f"{seconds:.0f} s, {recorded} ranks' collectives: {said[:200]}"
+    return [(f"a stopped rank of {ranks}", figure, _verdict(well))]
+
+
+def _train(
+    manifest: Manifest, run: Path, ranks: int, *settings: str, fault: tuple[str, ...] = ()
+) -> str:
+    """Trains ResNet-50 at 224 pixels; what was said if that failed, else ''."""
+    program = ("tests.faulty_train", *fault) if fault else ("trainer.train",)
+    command = [
+        *(sys.executable, "-m", "launch.ranks", "--standalone", f"--nproc-per-node={ranks}"),
+        *("-m", *program, "--recipe", "voc_unsupervised_saliency"),
+        *(f"data.shards={manifest.root}", f"run.directory={run}", "run.log_every=5"),
+        *("run.device=cuda", f"data.batch_size={16 * ranks}", "run.tensorboard=false"),
+        *settings,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    if not result.returncode:
+        return ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("maskbank:")]
+    return " ".join(lines or [result.stderr[-300:].replace("\n", " ")])
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         print("skipped: torch sees no GPU here")
@@ -154,7 +233,11 @@ def main() -> None:
         manifest = build_shards(listing, folder / "shards", config, BuildOptions(8))
         counts = sorted({1, torch.cuda.device_count()})
         rows = [*decoding(manifest), *losses(), *loss_speed()]
-        rows += [row for ranks in counts for row in training(manifest, folder, ranks)]
+        for ranks in counts:
+            rows += training(manifest, folder, ranks)
+            rows += engines(manifest, folder, ranks) + across(manifest, folder, ranks)
+        if max(counts) > 1:
+            rows += hang(manifest, folder, max(counts))
     environment = describe_environment(Ranks(0, max(counts), torch.device("cuda", 0)))
     table = "\n".join(f"| {what} | {figure} | {verdict} |" for what, figure, verdict in rows)
     text = (

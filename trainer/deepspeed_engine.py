@@ -82,10 +82,10 @@ class DeepSpeedEngine:
         network.to(memory_format=torch.contiguous_format)
         momentum_encoder.to(memory_format=torch.contiguous_format)
         self.network, self.momentum_encoder = network, momentum_encoder
-        self._base = build_optimizer(optim, network.parameters())
-        self._base.hold = True  # stage 3 takes a step when it is made
-        self._engine, self.optimizer = self._initialize(network, settings, self._base)
-        self._base.hold = False
+        self.base_optimizer = build_optimizer(optim, network.parameters())
+        self.base_optimizer.hold = True  # stage 3 takes a step when it is made
+        self._engine, self.optimizer = self._initialize(network, settings, self.base_optimizer)
+        self.base_optimizer.hold = False
         self._momentum_engine: Any = None
         if self._stage == 3:
             self._momentum_engine, _ = self._initialize(
@@ -104,14 +104,14 @@ class DeepSpeedEngine:
 
     def rehearse(self, images: Tensor) -> None:
         """A held step: the optimizer's state comes to be, and DeepSpeed learns where it is."""
-        self._base.hold = True
+        self.base_optimizer.hold = True
         for micro in range(self._config.accumulate):
             output = self.forward(images)
             self.backward(0 * (output.embedding.sum() + output.saliency.sum()))
             if micro + 1 < self._config.accumulate:
                 self._engine.step()
         self._engine.step()
-        self._base.hold = False
+        self.base_optimizer.hold = False
         self._gradient_sum = None
 
     def update_momentum(self, m: float) -> None:
@@ -155,9 +155,9 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self._norm_of_unwrapped()
-        self._base.hold = skip
+        self.base_optimizer.hold = skip
         self._engine.step()
-        self._base.hold = False
+        self.base_optimizer.hold = False
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device)
@@ -183,7 +183,7 @@ class DeepSpeedEngine:
                     self._set(parameter, kind, saved.to(self.ranks.device))
             steps = read(f"step.{name}")
             if steps is not None and self._config.name == "adamw":
-                for state in self._base.state.values():
+                for state in self.base_optimizer.state.values():
                     state["step"].copy_(steps)
 
     # --- one parameter's state, wherever ZeRO has put it ---
@@ -203,7 +203,7 @@ class DeepSpeedEngine:
 
     def _get(self, parameter: nn.Parameter, kind: str) -> Tensor:
         if self._stage == 0:
-            value: Tensor = make_state(self._base, parameter)[kind]
+            value: Tensor = make_state(self.base_optimizer, parameter)[kind]
             return value
         found = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
         assert found is not None, kind
@@ -213,7 +213,7 @@ class DeepSpeedEngine:
     def _set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         utils = self._deepspeed.utils
         if self._stage == 0:
-            make_state(self._base, parameter)[kind].copy_(value)
+            make_state(self.base_optimizer, parameter)[kind].copy_(value)
         elif self._stage < 3:
             utils.safe_set_full_optimizer_state(parameter, value, kind)
         else:
@@ -225,7 +225,9 @@ class DeepSpeedEngine:
             utils.safe_set_local_optimizer_state(parameter, mine, kind)
 
     def _steps(self) -> Tensor:
-        return next((state["step"] for state in self._base.state.values()), torch.tensor(0.0))
+        return next(
+            (state["step"] for state in self.base_optimizer.state.values()), torch.tensor(0.0)
+        )
 
     def _look_at(self, gradient: Tensor) -> None:
         """A sum is a number only if all of its parts are."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.errors import InputError
+from trainer.compilation import compile_network
 from trainer.distributed import Ranks
 from trainer.model import PixelEncoder, PixelOutput
 from trainer.momentum import make_momentum_encoder, update_momentum
@@ -260,6 +261,9 @@ def make_engine(
     if momentum_state is not None:
         momentum_encoder.load_state_dict(momentum_state)
     momentum_encoder.train()
+    if network.config.compile:
+        compile_network(network)
+        compile_network(momentum_encoder)
     if config.name == "ddp":
         return DdpEngine(network, momentum_encoder, optim, ranks, precision)
     from trainer.deepspeed_engine import DeepSpeedEngine

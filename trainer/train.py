@@ -166,8 +166,7 @@ def _errors_told(ranks: Ranks, watchdog: Watchdog) -> Iterator[None]:
             raise
         message = watchdog.explain_lost_connection(str(error).splitlines()[0][:200])
         watchdog.fail(message)
-        if watchdog.should_say(message):
-            say(message)
+        watchdog.tell(message)
         record_for_launcher(message)
         _leave(1)
 

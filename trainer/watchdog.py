@@ -90,6 +90,7 @@ class Watchdog:
         self._done = threading.Event()
         self._seen: dict[int, tuple[int, float]] = {}  # rank: its last count, and when it was new
         self._signs: dict[int, Sign] = {}
+        self._told, self._telling = False, threading.Lock()
         self._own: set[str] = set()  # verdicts that this rank came to
         self._heard: set[str] = set()  # verdicts of ranks that failed by themselves
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -116,6 +117,7 @@ class Watchdog:
         Args:
             message: begins with "rank N: ", N being where the cause is.
         """
+        self._own.add(message)
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.compare_set("verdict", "", message)
@@ -138,8 +140,15 @@ class Watchdog:
             f"{self._step + 1} ({reason}); what ended there is in that rank's output"
         )
 
-    def should_say(self, verdict: str) -> bool:
-        """Whether this rank tells the terminal: one does, unless the culprit has done so."""
+    def tell(self, verdict: str, more: str = "") -> None:
+        """Says once on the terminal what happened, on the rank whose part that is."""
+        with self._telling:
+            if not self._told and self._should_say(verdict):
+                say(verdict + more)
+            self._told = True
+
+    def _should_say(self, verdict: str) -> bool:
+        """One rank tells the terminal, unless the culprit has done so."""
         culprit = verdict.partition(":")[0]
         if self._ranks.rank != (1 if culprit == "rank 0" else 0):
             return False
@@ -257,8 +266,7 @@ class Watchdog:
         """Leaves traces and ends this process, wherever its main thread is."""
         dumped = self._dump()
         culprit = verdict.partition(":")[0]
-        if self.should_say(verdict):
-            say(f"{verdict}. What the other ranks were doing: {dumped}")
+        self.tell(verdict, f". What the other ranks were doing: {dumped}")
         time.sleep(3 * self._interval)  # for the others' traces, before a launcher ends them
         self._kill_silent(culprit)
         record_for_launcher(verdict)
