@@ -25,9 +25,11 @@ class StopRequest:
         self._file = run / STOP_FILE
         self._looks = ranks.is_main
         self._parent = os.getppid()
-        if self._looks:
-            self._file.unlink(missing_ok=True)  # was meant for the run before
         self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+
+    def begin(self) -> None:
+        """The run begins: an older file was meant for the run before."""
+        self.obeyed()
 
     def asked(self) -> bool:
         """Whether this rank was asked; the ranks agree on it with `distributed.agree`."""
@@ -42,7 +44,10 @@ class StopRequest:
         if self._looks:
             self._file.unlink(missing_ok=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -31,13 +31,21 @@ def find_checkpoint(plan: Plan, ranks: Ranks) -> Checkpoint | None:
     for checkpoint in reversed(found):
         problem = checkpoint.problem(lambda n: n % ranks.world_size == ranks.rank)
         if problem:
-            log.warning("checkpoint of step %d is damaged: %s", checkpoint.step, problem)
+            log.warning(
+                "rank %d: checkpoint of step %d is damaged: %s",
+                *(ranks.rank, checkpoint.step, problem),
+            )
         if not any_rank(bool(problem), ranks):
             if checkpoint is not found[-1] and ranks.is_main:
                 log.warning("going on from the one before, of step %d", checkpoint.step)
             return checkpoint
-        if ranks.is_main:
+        if ranks.is_main and checkpoint.problem():
             set_aside(checkpoint)
+        elif ranks.is_main:
+            log.warning(
+                "rank 0 can read all of it: the file system shows ranks different things; "
+                "it stays where it is"
+            )
     if found:
         raise InputError(
             f"all {len(found)} checkpoints of {plan.run} are damaged; they are kept as *.damaged. "

@@ -40,7 +40,9 @@ logger = logging.getLogger(__name__)
 _SECONDS_FOR_LAST_WORDS = 5.0
 
 
-def train(config: TrainConfig, plan: Plan, ranks: Ranks, watchdog: Watchdog) -> int:
+def train(
+    config: TrainConfig, plan: Plan, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
+) -> int:
     """Trains until the run is done or was asked to stop; returns the number of finished steps.
 
     Raises:
@@ -49,12 +51,13 @@ def train(config: TrainConfig, plan: Plan, ranks: Ranks, watchdog: Watchdog) -> 
         FloatingPointError: losses are not finite any more, on every rank at the same step.
     """
     barrier(ranks)  # every rank has looked before one writes
+    stop.begin()
     for warning in plan.warnings if ranks.is_main else ():
         logger.warning(warning)
     checkpoint = find_checkpoint(plan, ranks)
     prepare_run(config, checkpoint, ranks)
     state = TrainState(config, plan, checkpoint, ranks)
-    stream, log, stop = state.stream(), state.metrics_log(), StopRequest(state.run, ranks)
+    stream, log = state.stream(), state.metrics_log()
     clock = Clock(config.data.batch_size, stream, state.seconds, state.step)
     step, micro_batches = state.step, config.optim.accumulate
     engine, bank = state.engine, state.bank
@@ -62,9 +65,9 @@ def train(config: TrainConfig, plan: Plan, ranks: Ranks, watchdog: Watchdog) -> 
         while step < plan.total_steps:
             engine.update_momentum(config.model.momentum)
             for micro in range(micro_batches):
-                watchdog.at("waiting for data", step)
+                watchdog.at("waiting for data", step, micro)
                 batch: Batch = next(stream)
-                watchdog.at("computing", step)
+                watchdog.at("computing", step, micro)
                 at = state.begin(step, micro)
                 chosen = state.choose_pixels(batch, at)
                 moved_pixels = bank.prefetch(chosen.pixels_of_ranks)
@@ -74,7 +77,7 @@ def train(config: TrainConfig, plan: Plan, ranks: Ranks, watchdog: Watchdog) -> 
                     losses = contrast_views(query, key, batch, chosen, bank, ranks, config.loss)
                     engine.backward(losses.total)
                 state.add(losses, moved_pixels)
-            watchdog.at("agreeing", step)
+            watchdog.at("agreeing", step, micro_batches)
             agreed = state.finish_step(step, stop.asked())
             step += 1
 
@@ -97,7 +100,6 @@ def train(config: TrainConfig, plan: Plan, ranks: Ranks, watchdog: Watchdog) -> 
         stop.obeyed()
     finally:
         watchdog.at("ending", step)
-        stop.close()
         stream.close()
         if log is not None:
             log.close()
@@ -220,9 +222,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     if ranks.device.type == "cpu":
         torch.set_num_threads(config.run.threads or cores_per_rank())
-    watchdog = Watchdog(ranks, *seconds, hangs)
-    with watchdog, _errors_told(ranks, watchdog), _alone_in(plan.run, ranks):
-        train(config, plan, ranks, watchdog)
+    watchdog, stop = Watchdog(ranks, *seconds, hangs), StopRequest(plan.run, ranks)
+    # a launcher's SIGTERM, which follows another rank's death, must not cut short the last words
+    with watchdog, stop, _errors_told(ranks, watchdog), _alone_in(plan.run, ranks):
+        train(config, plan, ranks, stop, watchdog)
     end_ranks()
 
 

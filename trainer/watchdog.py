@@ -30,7 +30,8 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from trainer.distributed import Ranks, broadcast_object
 
 EXIT_STATUS = 1
-_ACTIVITIES = ("starting", "waiting for data", "computing", "agreeing", "saving", "ending")
+# in the order of a step, which ends with the number of finished steps going up, before "saving"
+_ACTIVITIES = ("starting", "saving", "waiting for data", "computing", "agreeing", "ending")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Sign:
 
     Attributes:
         count: grows with every sign.
-        step: finished steps.
+        step, micro: finished steps, and micro-batches of the next one.
         activity: what the rank is doing, of `_ACTIVITIES`.
         seconds: for how long it has been at that.
         host, namespace, pid, born: of its process; born is the kernel's start time, since numbers
@@ -48,6 +49,7 @@ class Sign:
 
     count: int
     step: int
+    micro: int
     activity: int
     seconds: float
     host: str
@@ -56,9 +58,9 @@ class Sign:
     born: int
 
     @property
-    def place(self) -> tuple[int, int]:
+    def place(self) -> tuple[int, int, int]:
         """How far the rank is: the run waits for who is behind."""
-        return self.step, self.activity
+        return self.step, self.micro, self.activity
 
     def pack(self) -> str:
         return json.dumps([getattr(self, name) for name in self.__dataclass_fields__])
@@ -83,7 +85,8 @@ class Watchdog:
     ) -> None:
         self._ranks, self._timeout, self._hangs = ranks, timeout_seconds, hangs
         self._patience = max(timeout_seconds, start_seconds)
-        self._step, self._activity, self._since = 0, 0, time.monotonic()
+        self._step, self._micro, self._activity = 0, 0, 0
+        self._since = time.monotonic()
         self._process = _this_process()
         self._interval = min(2.0, timeout_seconds / 10)
         self._store = _own_store(ranks, timeout_seconds)
@@ -104,11 +107,11 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._done.set()
 
-    def at(self, activity: str, step: int) -> None:
-        """Says what this rank does from now on, after so many finished steps."""
+    def at(self, activity: str, step: int, micro: int = 0) -> None:
+        """Says what this rank does from now on, after so many steps and micro-batches."""
         if step > self._step and self._activity:
             self._patience = self._timeout
-        self._step, self._activity = step, _ACTIVITIES.index(activity)
+        self._step, self._micro, self._activity = step, micro, _ACTIVITIES.index(activity)
         self._since = time.monotonic()
 
     def fail(self, message: str) -> None:
@@ -150,7 +153,8 @@ class Watchdog:
     def _should_say(self, verdict: str) -> bool:
         """One rank tells the terminal, unless the culprit has done so."""
         culprit = verdict.partition(":")[0]
-        if self._ranks.rank != (1 if culprit == "rank 0" else 0):
+        speaker = 1 if culprit == "rank 0" and self._ranks.world_size > 1 else 0
+        if self._ranks.rank != speaker:
             return False
         number = culprit.removeprefix("rank ")
         sign = self._signs.get(int(number)) if number.isdigit() else None
@@ -297,7 +301,7 @@ class Watchdog:
 
     def _sign(self, count: int) -> Sign:
         seconds = time.monotonic() - self._since
-        return Sign(count, self._step, self._activity, seconds, *self._process)
+        return Sign(count, self._step, self._micro, self._activity, seconds, *self._process)
 
     def _is_here(self, sign: Sign) -> bool:
         """Whether that process can be seen, and ended, from here."""
