@@ -59,13 +59,15 @@ def settings(shards: Path, run: Path, engine: str) -> list[str]:
     ]
 
 
-def start(ranks: int, arguments: Sequence[str], fault: Sequence[str]) -> subprocess.Popen[str]:
+def start(
+    ranks: int, arguments: Sequence[str], fault: Sequence[str], time_file: Path | None = None
+) -> subprocess.Popen[str]:
     """One attempt, in a process group of its own."""
     launcher = [sys.executable, "-m", "launch.ranks", "--standalone", f"--nproc-per-node={ranks}"]
     program = ["-m", "tests.faulty_train", *fault] if fault else ["-m", "trainer.train"]
     return subprocess.Popen(
         [*launcher, *program, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT_TIME": str(time_file or os.devnull)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -90,13 +92,18 @@ def disturb(
     fault: list[str] = []
     if kind in AT_CHECKPOINT:
         rank = 0 if kind not in ("write", "full-disk") else int(draw.integers(ranks))
-        fault = [kind, str(rank), str(int(draw.integers(1, 4)))]
+        # a rank writes one to four files a checkpoint
+        last = 10 if kind in ("write", "full-disk") else 4
+        fault = [kind, str(rank), str(int(draw.integers(1, last)))]
     elif kind == "in a step":
         fault = ["kill", str(int(draw.integers(ranks))), str(int(draw.integers(1, STEPS - 4)))]
-    process = start(ranks, arguments, fault)
+    time_file = run.with_suffix(".fault")
+    process = start(ranks, arguments, fault, time_file)
     if fault:
         output, _ = process.communicate(timeout=300)
-        return 0.0, output, process.returncode != 0
+        if not time_file.exists():
+            return 0.0, output, False
+        return time.time() - float(time_file.read_text()), output, True
     target = last_step(run) + int(draw.choice([0, 4, 8, 12]))
     while last_step(run) < min(target, STEPS - EVERY) and process.poll() is None:
         time.sleep(0.005)
@@ -134,11 +141,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", help="some of the disturbances only, separated by commas")
     parser.add_argument("--output", type=Path, help="a JSON line for every run")
     options = parser.parse_args()
     draw = np.random.default_rng(options.seed)
     torch.set_num_threads(1)
     kinds = ["one rank", "all ranks", "in a step", *AT_CHECKPOINT]
+    if options.kinds:
+        kinds = options.kinds.split(",")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -148,7 +158,7 @@ def main() -> None:
         engines += [("ddp", 4), ("zero1", 4)]
         for number in track(range(options.runs), "runs"):
             engine, ranks = engines[number % len(engines)]
-            kind = kinds[(number // len(engines) + number) % len(kinds)]
+            kind = kinds[(number + number // (len(engines) * len(kinds))) % len(kinds)]
             if (engine, ranks) not in undisturbed:
                 run = folder / f"undisturbed-{engine}-{ranks}"
                 finish(ranks, settings(folder / "shards", run, engine))
