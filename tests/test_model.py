@@ -94,7 +94,7 @@ def test_momentum_encoder_moves_by_one_minus_m() -> None:
     start = encoder.embedding_head.weight.detach().clone()
     with torch.no_grad():
         encoder.embedding_head.weight += 1
-    update_momentum(momentum_encoder, encoder, 0.9)
+    update_momentum(momentum_encoder.parameters(), encoder.parameters(), 0.9)
     torch.testing.assert_close(momentum_encoder.embedding_head.weight, start + 0.1)
     assert not any(p.requires_grad for p in momentum_encoder.parameters())
 

@@ -1,10 +1,12 @@
-"""Backbones with dense features: torchvision's ResNets at output stride 8, and one for CPUs."""
+"""Backbones with dense features: torchvision's ResNets, timm's networks, and one for CPUs."""
 
 from collections.abc import Callable
 
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from trainer.timm_backbones import PREFIX, build_timm_backbone
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 BACKBONES = ("small", *RESNETS)
@@ -14,27 +16,37 @@ STAGES = {
 }
 
 
-def build_backbone(name: str) -> tuple[nn.Module, int]:
+def build_backbone(
+    name: str, output_stride: int = 8, timm_images: bool = False
+) -> tuple[nn.Module, int]:
     """A backbone from images [B, 3, H, W] to features [B, C, H/stride, W/stride], and C.
 
-    ResNets keep torchvision's parameter names and have stride 8: layer3 and layer4 are dilated
-    (Chen et al., DeepLabV3, 2017). `small` has stride 4 and 0.8 M parameters.
+    ResNets keep torchvision's parameter names; at stride 8 layer3 and layer4 are dilated, at 16
+    layer4 (Chen et al., DeepLabV3, 2017). `small` has stride 4, whatever was asked for, and 0.8 M
+    parameters. `timm/NAME` is a network of timm (`build_timm_backbone`).
 
     Raises:
         ValueError: an unknown name.
+        InputError: timm is missing or has no such network with dense features.
     """
+    if name.startswith(PREFIX):
+        return build_timm_backbone(name.removeprefix(PREFIX), output_stride, timm_images)
     if name == "small":
         return SmallBackbone(), SmallBackbone.channels
     if name not in RESNETS:
         raise ValueError(f"unknown backbone {name!r}; it can be {', '.join(BACKBONES)}")
     make: Callable[..., ResNet] = getattr(torchvision.models, name)
-    if name in ("resnet18", "resnet34"):
-        resnet = make(weights=None)
-        # torchvision refuses to dilate basic blocks, so it is done after the fact
+    dilated = [False, output_stride == 8, True]
+    if name not in ("resnet18", "resnet34"):
+        return DenseResNet(make(weights=None, replace_stride_with_dilation=dilated)), 2048
+    resnet = make(weights=None)
+    # torchvision refuses to dilate basic blocks, so it is done after the fact
+    if output_stride == 8:
         dilate_stage(resnet.layer3, 2)
         dilate_stage(resnet.layer4, 4)
-        return DenseResNet(resnet), 512
-    return DenseResNet(make(weights=None, replace_stride_with_dilation=[False, True, True])), 2048
+    else:
+        dilate_stage(resnet.layer4, 2)
+    return DenseResNet(resnet), 512
 
 
 class DenseResNet(nn.Module):

@@ -1,5 +1,6 @@
-"""Where a network starts: ImageNet, MoCo v2, or any safetensors file or state dict."""
+"""Where a network starts: ImageNet, MoCo v2, DINO, or any safetensors file or state dict."""
 
+import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from data_pipeline.errors import InputError
 from trainer.backbones import RESNETS
 from trainer.model import PixelEncoder
+from trainer.timm_backbones import PREFIX
+from trainer.timm_weights import pretrained_state, timm_state
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,12 @@ _PREFIXES = (
     ("module.", ""),
 )
 _RENAMED = (("head.", "embedding_head."), ("classification_head.", "saliency_head."))
-_WITHOUT_USE = ("backbone.fc.", "fc.")  # image-level heads of classifiers and of MoCo
+# image-level heads: of classifiers, of MoCo, and of timm's networks
+_WITHOUT_USE = (
+    *("fc.", "backbone.fc.", "backbone.head.", "backbone.head_dist.", "backbone.head_drop."),
+    *("backbone.classifier.", "backbone.attn_pool.", "backbone.pre_logits."),
+)
+_WRAPPERS = ("teacher", "state_dict", "model")  # of checkpoints, around the network's tensors
 
 
 @dataclass(frozen=True)
@@ -50,20 +58,31 @@ def load_start(encoder: PixelEncoder, start: str) -> LoadReport | None:
     """
     if start == "random":
         return None
-    backbone = encoder.config.backbone
-    state = _imagenet(backbone) if start == "imagenet" else read_state(Path(start))
+    config = encoder.config
+    if config.backbone.startswith(PREFIX):
+        name = config.backbone.removeprefix(PREFIX)
+        if start == "imagenet":
+            state = pretrained_state(name, config.output_stride)
+        else:
+            state = timm_state(name, encoder.state_dict(), read_tensors(Path(start)), start)
+    elif start == "imagenet":
+        state = _imagenet(config.backbone)
+    else:
+        state = _our_names(read_tensors(Path(start)))
     report = load_matching(encoder, state, start)
     log.info("start %s: %s", start, report)
     return report
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or torch file, under our names; never unpickles objects."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a `.safetensors` or torch file; never unpickles objects."""
     try:
         if path.suffix == ".safetensors":
             raw: Any = load_file(path)
         else:
-            raw = torch.load(path, map_location="cpu", weights_only=True)
+            # DINO's full checkpoints hold their arguments, which are a plain record
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                raw = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"model.start: there is no file {path}") from None
     except IsADirectoryError:
@@ -74,13 +93,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"model.start: {path} cannot be read as tensors ({reason}); "
             "expected safetensors or a state dict"
         ) from None
-    for wrapper in ("state_dict", "model"):
+    for wrapper in _WRAPPERS:
         if isinstance(raw, dict) and isinstance(raw.get(wrapper), dict):
             raw = raw[wrapper]
     state = {k: v for k, v in raw.items() if isinstance(v, Tensor)} if isinstance(raw, dict) else {}
     if not state:
         raise InputError(f"model.start: {path} holds no named tensors")
-    return _our_names(state)
+    return state
 
 
 def load_matching(module: nn.Module, state: dict[str, Tensor], origin: str) -> LoadReport:
