@@ -78,6 +78,11 @@ class DeepSpeedEngine:
         self.ranks, self.precision, self._config = ranks, precision, optim
         settings = deepspeed_settings(config, optim, batch_size, ranks.world_size, precision)
         self._stage = zero_stage(settings)
+        if self._stage == 3 and network.config.compile:
+            raise InputError(
+                "model.compile gains nothing with ZeRO 3, whose hooks break up every block; set "
+                "model.compile=false, or engine.zero_stage to 2 or less"
+            )
         # it flattens weights, and sends them as bytes, which channels-last ones cannot be
         network.to(memory_format=torch.contiguous_format)
         momentum_encoder.to(memory_format=torch.contiguous_format)
@@ -198,8 +203,10 @@ class DeepSpeedEngine:
             shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
             whole = all_gather_equal(local, self.ranks)[: shape.numel()]
             yield StateTensor(part, name, whole.view(shape))
+        saved = network.state_dict().keys()  # which leaves out what is made with the network
         for name, buffer in network.named_buffers():
-            yield StateTensor(part, name, buffer)
+            if name in saved:
+                yield StateTensor(part, name, buffer)
 
     def _get(self, parameter: nn.Parameter, kind: str) -> Tensor:
         if self._stage == 0:

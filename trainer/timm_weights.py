@@ -48,10 +48,10 @@ def timm_state(
 ) -> dict[str, Tensor]:
     """`state` with the names of a pixel encoder whose backbone is timm's `name`.
 
-    Takes names of timm, and of the files that timm itself reads (DINO, DINOv2, DINOv3, MAE, CLIP,
-    the released ConvNeXts), under any prefix. Of DINO's two networks in a file the teacher is
-    taken, of MoCo's the one that is trained. Positional embeddings are resampled to the grid of
-    the network.
+    Takes names of timm under any prefix, as DINO's and MoCo's files have them, and those that timm
+    converts itself, as of DINOv2 and of the released ConvNeXts. Of DINO's two networks in a file
+    the teacher is taken, of MoCo's the one that is trained. Positional embeddings are resampled to
+    the grid of the network.
 
     Args:
         own: the encoder's tensors.
@@ -61,7 +61,7 @@ def timm_state(
     Raises:
         InputError: patches are of another size, or the file is of another kind of network.
     """
-    if any(key.startswith(_OURS) for key in state):
+    if any(key in own for key in state if key.startswith(_OURS)):
         return state
     config = import_timm().get_pretrained_cfg(name)
     firsts = (config.first_conv,) if isinstance(config.first_conv, str) else config.first_conv or ()
@@ -109,7 +109,8 @@ def _check_patches(
     name: str, own: dict[str, Tensor], state: dict[str, Tensor], origin: str
 ) -> None:
     """timm would resample the kernels silently."""
-    here, there = own.get("backbone.patch_embed.proj.weight"), state.get("patch_embed.proj.weight")
+    here = own.get("backbone.patch_embed.proj.weight")
+    there = state.get("patch_embed.proj.weight", state.get("visual.conv1.weight"))  # or CLIP's
     if here is None or there is None or there.ndim != 4 or here.shape[2:] == there.shape[2:]:
         return
     raise InputError(
