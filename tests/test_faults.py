@@ -204,7 +204,7 @@ def test_ranks_whose_launcher_is_gone_stop_by_themselves(shards: Path, tmp_path:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGINT", "file"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "file"])
 def test_the_command_saves_and_ends_well_when_asked(shards: Path, tmp_path: Path, how: str) -> None:
     run = tmp_path / "run"
     arguments = plain_command(shards, run, 1, *FAST, "run.steps=4000")
@@ -249,12 +249,11 @@ def test_torchruns_restarts_go_on_and_end_when_they_gain_nothing(
     assert_same_run(run, undisturbed)
 
     run = tmp_path / "in-vain"
-    arguments = command(shards, run, 2)
+    arguments = command(shards, run, 2, "run.max_fruitless_restarts=1", "run.steps=4")
     restarting = [*arguments[:where], "--max-restarts=9", *arguments[where:]]
     status, output = run_to_end(faulty(restarting, "kill", 1, 3))
     assert status != 0
-    assert "the last 3 restarts all began at step 0" in output
+    assert "was restarted once from step 0 and ended before the next checkpoint" in output
     starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
-    assert [start["automatic"] for start in starts] == [False, True, True, True]
+    assert [start["automatic"] for start in starts] == [False, True]
     finish(arguments)  # a person may always try
-    assert_same_run(run, undisturbed)

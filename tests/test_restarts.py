@@ -11,7 +11,7 @@ def test_restarts_that_gain_nothing_are_counted(tmp_path: Path) -> None:
     note_start(tmp_path, 0, 2, False, 2)
     note_start(tmp_path, 0, 2, True, 2)
     note_start(tmp_path, 0, 2, True, 2)
-    with pytest.raises(NoRestartHelps, match="the last 2 restarts all began at step 0"):
+    with pytest.raises(NoRestartHelps, match="was restarted 2 times in a row from step 0"):
         note_start(tmp_path, 0, 2, True, 2)
     note_start(tmp_path, 0, 2, False, 2)
     note_start(tmp_path, 0, 2, True, 2)

@@ -49,10 +49,11 @@ def note_start(run: Path, step: int, world_size: int, automatic: bool, limit: in
             break
         fruitless += 1
     if limit and automatic and fruitless >= limit:
+        times = "once" if fruitless == 1 else f"{fruitless} times in a row"
         raise NoRestartHelps(
-            f"{run}: the last {fruitless} restarts all began at step {step} and ended before the "
-            "next checkpoint; a further one is not tried. Look at what ended them, mend it (or "
-            "lower run.checkpoint_every), and start the same command again"
+            f"{run} was restarted {times} from step {step} and ended before the next checkpoint; "
+            "that is not tried again. Look at what ended it, mend that (or lower "
+            "run.checkpoint_every), and start the same command again"
         )
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
