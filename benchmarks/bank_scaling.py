@@ -99,7 +99,7 @@ def hidden(
     config = load_config("demo_cpu", None, [*settings, "loss.pixels_per_mask=64"])
     network = initial_network(config).to(memory_format=torch.channels_last)
     momentum_encoder = make_momentum_encoder(network).train()
-    engine = DdpEngine(network.train(), config.optim, ranks, "float32")
+    engine = DdpEngine(network.train(), momentum_encoder, config.optim, ranks, "float32")
     settings_of_bank = BankConfig(entries, dtype, move="bank")
     shared = full_bank(settings_of_bank, ranks)
     alone = full_bank(settings_of_bank, Ranks(0, 1, ranks.device))  # all entries, here
@@ -124,6 +124,7 @@ def hidden(
                 bank.prefetch(chosen.pixels_of_ranks)
             losses = contrast_views(query, key, batch, chosen, bank, ranks, config.loss)
             engine.backward(losses.total)
+            engine.gradient_is_finite()
             engine.step(0.0)
             barrier(ranks)
             if number:

@@ -17,9 +17,11 @@ import torch
 from data_pipeline.manifest import Manifest, ShardEntry
 from evaluation.cli import main
 from tests.evaluation_data import scene_shards
-from trainer.checkpoint import save_checkpoint
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import TrainConfig, load_config, save_config
+from trainer.distributed import Ranks
 from trainer.encoder import initial_network
+from trainer.engine import network_state
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +52,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     case.run.mkdir()
     save_config(tiny_config(), case.run / "config.yaml")
     network = initial_network(tiny_config("run.seed=5"))
-    save_checkpoint(case.run, 12, {"model": network.state_dict()}, keep=1)
+    writer = CheckpointWriter(case.run, Ranks(0, 1, torch.device("cpu")), 1, 0)
+    writer.start(12, network_state(network, "model"), {}, {"progress": {"step": 12}})
+    while writer.step is not None:
+        writer.wait()
+        writer.advance(writer.busy, bool(writer.failure))
     scene_shards(case.train, 6, seed=1)
     scene_shards(case.test, 14, seed=2)
     return case
