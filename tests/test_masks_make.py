@@ -347,8 +347,7 @@ def start_command(images: Path, output: Path, processes: int) -> "subprocess.Pop
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(("how", "processes"), [(signal.SIGINT, 1), (signal.SIGKILL, 2)])
 def test_interrupted_it_goes_on(tmp_path: Path, processes: int, how: signal.Signals) -> None:
     images, output = tmp_path / "images", tmp_path / "masks"
     for number in range(60):
