@@ -19,10 +19,10 @@ from torch._C._distributed_c10d import HashStore
 from data_pipeline.errors import InputError
 from trainer.deepspeed_config import deepspeed_settings, zero_stage
 from trainer.distributed import Ranks, all_gather_equal
-from trainer.engine import EngineConfig, StateTensor, autocast, network_state, state_names
+from trainer.engine import EngineConfig, StateTensor, autocast, network_state
 from trainer.model import PixelEncoder, PixelOutput
 from trainer.momentum import update_momentum
-from trainer.optimizer import build_optimizer, make_state
+from trainer.optimizer import STATE_NAMES, build_optimizer, make_state
 from trainer.schedule import OptimConfig
 
 
@@ -173,7 +173,7 @@ class DeepSpeedEngine:
         for name, parameter in self.network.named_parameters():
             if not parameter.requires_grad:
                 continue
-            for kind in state_names(self._config):
+            for kind in STATE_NAMES[self._config.name]:
                 yield StateTensor("optimizer", f"{kind}.{name}", self._get(parameter, kind))
             if self._config.name == "adamw":
                 yield StateTensor("optimizer", f"step.{name}", self._steps().clone())
@@ -182,7 +182,7 @@ class DeepSpeedEngine:
         for name, parameter in self.network.named_parameters():
             if not parameter.requires_grad:
                 continue
-            for kind in state_names(self._config):
+            for kind in STATE_NAMES[self._config.name]:
                 saved = read(f"{kind}.{name}")
                 if saved is not None:
                     self._set(parameter, kind, saved.to(self.ranks.device))

@@ -19,7 +19,7 @@ from trainer.compilation import compile_network
 from trainer.distributed import Ranks
 from trainer.model import PixelEncoder, PixelOutput
 from trainer.momentum import make_momentum_encoder, update_momentum
-from trainer.optimizer import STATE_NAMES, build_optimizer, make_state
+from trainer.optimizer import build_optimizer, make_state
 from trainer.schedule import OptimConfig
 
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -227,11 +227,6 @@ class DdpEngine:
         scale = read("loss_scale")
         if self._scaler.is_enabled() and scale is not None:
             self._scaler = torch.amp.GradScaler(self.ranks.device.type, float(scale))
-
-
-def state_names(config: OptimConfig) -> tuple[str, ...]:
-    """What the optimizer keeps for each parameter, of the parameter's shape."""
-    return STATE_NAMES[config.name]
 
 
 def make_engine(
