@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.console import Console
 
 from launch.demo import DemoScale, run_demo
 from launch.doctor import Device, DoctorOptions, run_doctor
@@ -87,6 +88,31 @@ def evaluate(context: typer.Context) -> None:
         num_processes, arguments = max(1, int(arguments[1])), arguments[2:]
     command = torchrun_command("evaluation.cli", arguments, num_processes)
     sys.exit(run(command, num_processes))
+
+
+@app.command(context_settings={**_FORWARD, "allow_interspersed_args": False})
+def submit(context: typer.Context) -> None:
+    """Hand work to SLURM: `maskbank submit train --nodes 2 … -- ARGUMENTS`, and chains of jobs."""
+    from launch import submit_cli
+
+    sys.exit(submit_cli.main(context.args, Console()))
+
+
+@app.command()
+def follow(
+    jobs: Annotated[list[str], typer.Argument(help="Numbers of jobs.")],
+    run_folders: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--run", help="Run directory whose metrics to show; repeatable."),
+    ] = None,
+) -> None:
+    """Watch SLURM jobs to their end: states, nodes, metrics. Ctrl-C leaves them running.
+
+    Example: `maskbank follow 1234 1235 --run runs/voc`
+    """
+    from launch.follow import follow
+
+    sys.exit(follow(jobs, run_folders or [], Console()))
 
 
 @app.command()

@@ -11,14 +11,28 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs torchrun; its exit status is that of the rank that failed first."""
+@dataclass(frozen=True)
+class Ending:
+    """How the ranks of this node ended.
+
+    Attributes:
+        status: for our own exit: that of the rank that failed first, 1 if a signal ended it.
+        message: what that rank left as its cause; empty if nothing.
+    """
+
+    status: int
+    message: str = ""
+
+
+def run_ranks(arguments: list[str]) -> Ending:
+    """Runs torchrun to its end. What went wrong has then been said, by the rank itself or here."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import main as torchrun
@@ -27,31 +41,43 @@ def main(arguments: list[str] | None = None) -> int:
         if name.startswith("torch.distributed.elastic"):  # ranks have said it themselves
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    given = arguments or sys.argv[1:]
-    if any(word.startswith("--nnodes") and ":" in word for word in given):
+    if any(word.startswith("--nnodes") and ":" in word for word in arguments):
         # torch 2.14 does not tell a node that comes later where the store is, if it is shared
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     for number in _REQUESTS:
         signal.signal(number, _ask_ranks_to_stop)
     try:
-        torchrun(["--signals-to-handle=SIGHUP,SIGQUIT", *given])
+        torchrun(["--signals-to-handle=SIGHUP,SIGQUIT", *arguments])
     except RendezvousError as error:
-        print(
-            f"maskbank: the nodes have lost each other ({error}); the node that all meet at "
-            "(--rdzv-endpoint) must stay until the end",
-            file=sys.stderr,
-            flush=True,
+        message = (
+            f"the nodes have lost each other ({error}); the node that all meet at "
+            "(--rdzv-endpoint) must stay until the end"
         )
-        return 1
+        _say(message)
+        return Ending(1, message)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:  # it has said why
-            return failure.exitcode or 1
+            left = (
+                failure.message
+            )  # {"message": …} from the rank's error file, else torch's own text
+            cause = str(left.get("message", "")) if isinstance(left, dict) else ""
+            return Ending(failure.exitcode or 1, cause)
         name = signal.Signals(-failure.exitcode).name
         hint = "; was there too little memory?" if name == "SIGKILL" else ""
-        print(f"maskbank: rank {rank} was ended by {name}{hint}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+        message = f"rank {rank} was ended by {name}{hint}"
+        _say(message)
+        return Ending(1, message)
+    return Ending(0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs torchrun; its exit status is that of the rank that failed first."""
+    return run_ranks(arguments or sys.argv[1:]).status
+
+
+def _say(message: str) -> None:
+    print(f"maskbank: {message}", file=sys.stderr, flush=True)
 
 
 def _ask_ranks_to_stop(number: int, frame: FrameType | None) -> None:
@@ -62,7 +88,7 @@ def _ask_ranks_to_stop(number: int, frame: FrameType | None) -> None:
         for child in _children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGUSR1)
-    print("maskbank: stopping after this step; once more ends at once", file=sys.stderr, flush=True)
+    _say("stopping after this step; once more ends at once")
 
 
 def _end_now(number: int, frame: FrameType | None) -> None:

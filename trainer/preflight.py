@@ -1,11 +1,13 @@
 """Everything that can be known to be wrong before a rank starts to train.
 
 `python -m trainer.preflight --world-size N …` takes the arguments of `trainer.train` and exits 2
-with one paragraph; `maskbank train` runs it first, and every rank checks again.
+with one paragraph; `maskbank train` runs it first, and every rank checks again. With `--folders`
+it only says, for batch scripts, where the run and its shards are.
 """
 
 import argparse
 import hashlib
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -160,11 +162,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="maskbank train", description=__doc__)
     parser.add_argument("--world-size", type=int, default=1)
+    parser.add_argument(
+        "--folders", action="store_true", help="only say where the run and its shards are, as JSON"
+    )
     add_arguments(parser)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = load_config(options.recipe, options.config, options.settings)
+        if options.folders:
+            print(json.dumps({"run": config.run.directory, "shards": config.data.shards}))
+            return
         plan = plan_run(config, options.world_size)
         if not plan.begun:
             initial_network(config)

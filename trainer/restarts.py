@@ -1,8 +1,9 @@
 """How often a run was started, and whether it gained anything: a loop without progress ends.
 
-torchrun's `--max-restarts`, and a requeued SLURM job, start a run again whatever it died of. Each
-start leaves a line in `starts.jsonl`; when the last few automatic ones all began at the same
-checkpoint, another will not help.
+torchrun's `--max-restarts` starts a run again whatever it died of. Each start leaves a line in
+`starts.jsonl`; when the last few automatic ones all began at the same checkpoint, another will not
+help. SLURM requeues jobs whose nodes failed, which is not the run's fault; how often a job's own
+failures are requeued is decided by who requeues them, `launch.attempt`.
 """
 
 import contextlib
@@ -16,7 +17,6 @@ from typing import Any
 from data_pipeline.errors import InputError
 
 STARTS = "starts.jsonl"
-_COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 class NoRestartHelps(InputError):
@@ -24,8 +24,8 @@ class NoRestartHelps(InputError):
 
 
 def is_restart() -> bool:
-    """Whether a launcher started this process anew by itself."""
-    return any(os.environ.get(name, "0") not in ("", "0") for name in _COUNTERS)
+    """Whether torchrun started this process anew by itself."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
 def note_start(run: Path, step: int, world_size: int, automatic: bool, limit: int) -> None:

@@ -10,13 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from data_pipeline.files import FolderInUse, only_writer
 from data_pipeline.loader import BatchStream
 from trainer.checkpoint_writer import OtherRankFailed
 from trainer.config import TrainConfig, load_config
@@ -33,6 +31,7 @@ from trainer.preemption import StopRequest
 from trainer.preflight import Plan, add_arguments, plan_run
 from trainer.restarts import NoRestartHelps, end_launcher
 from trainer.resume import find_checkpoint, prepare_run
+from trainer.run_lock import alone_in
 from trainer.state import TrainState
 from trainer.watchdog import Watchdog, record_for_launcher, say
 
@@ -173,22 +172,6 @@ def _errors_told(ranks: Ranks, watchdog: Watchdog) -> Iterator[None]:
         _leave(1)
 
 
-@contextmanager
-def _alone_in(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Two runs in one directory would destroy each other's checkpoints."""
-    if not ranks.is_main:
-        yield
-        return
-    try:
-        with only_writer(run):
-            yield
-    except FolderInUse:
-        raise InputError(
-            f"another process is training in {run} at this moment; wait until it has ended, end "
-            "it, or choose another run.directory"
-        ) from None
-
-
 def _is_connection_error(error: RuntimeError) -> bool:
     text = str(error).lower()
     words = ("connection", "gloo", "nccl", "timed out", "remote", "socket")
@@ -218,13 +201,14 @@ def main(arguments: list[str] | None = None) -> None:
         ranks = start_ranks(limits.device, 1.2 * max(seconds) + 30, hangs)
     except InputError as error:
         say(str(error))
+        record_for_launcher(str(error))
         end_launcher()
         sys.exit(2)
     if ranks.device.type == "cpu":
         torch.set_num_threads(config.run.threads or cores_per_rank())
     watchdog, stop = Watchdog(ranks, *seconds, hangs), StopRequest(plan.run, ranks)
     # a launcher's SIGTERM, which follows another rank's death, must not cut short the last words
-    with watchdog, stop, _errors_told(ranks, watchdog), _alone_in(plan.run, ranks):
+    with watchdog, stop, _errors_told(ranks, watchdog), alone_in(plan.run, ranks):
         train(config, plan, ranks, stop, watchdog)
     end_ranks()
 

@@ -1,0 +1,123 @@
+"""Shards copied to a node's own disk: `python -m data_pipeline.stage SHARDS FOLDER`.
+
+Every file is compared with the manifest's checksum while it is copied; the manifest comes last, so
+that a folder with one is whole. What was copied before is not copied again.
+"""
+
+import argparse
+import hashlib
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data_pipeline.errors import InputError
+from data_pipeline.files import atomic_write, only_writer
+from data_pipeline.manifest import FILE_NAME, Manifest, read_manifest
+
+_BLOCK = 4 << 20
+_THREADS = 8  # network disks answer many requests at a time
+_SPARE_BYTES = 1 << 28
+
+
+def stage_shards(
+    shards: Path | str, folder: Path, advance: Callable[[int], None] = lambda count: None
+) -> Manifest:
+    """Copies a set of shards; returns the manifest of the copy.
+
+    Args:
+        shards: a folder, or an address.
+        folder: on this machine; made if needed.
+        advance: is told of bytes that were copied.
+
+    Raises:
+        InputError: a file is not what the manifest describes, or the disk is too small.
+        OSError: something cannot be read or written.
+    """
+    source = read_manifest(shards)
+    if source.cache is not None:
+        raise InputError(
+            f"{shards} is an address, whose shards are kept in data.cache anyway; set that to a "
+            "folder of the node's own instead of copying them"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder):
+        wanted = _files(source)
+        missing = [
+            (name, size, digest)
+            for name, size, digest in wanted
+            if not _is_whole(folder / name, size, digest)
+        ]
+        needed, free = sum(size for _, size, _ in missing), shutil.disk_usage(folder).free
+        if needed + _SPARE_BYTES > free:
+            raise InputError(
+                f"{folder} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB of shards are "
+                "to be copied there; choose a larger disk, or train without a copy"
+            )
+        with ThreadPoolExecutor(_THREADS) as pool:
+
+            def copy(entry: tuple[str, int, str]) -> None:
+                name, size, digest = entry
+                _copy(source.root / name, folder / name, digest)
+                advance(size)
+
+            for _ in pool.map(copy, missing):
+                pass
+        with atomic_write(folder / FILE_NAME) as file:
+            file.write(source.encode())
+    return read_manifest(folder)
+
+
+def _files(manifest: Manifest) -> list[tuple[str, int, str]]:
+    """Name, bytes and SHA-256 of every file that training reads."""
+    files = []
+    for shard in manifest.shards:
+        index = manifest.root / shard.index
+        files.append((shard.name, shard.bytes, shard.sha256))
+        files.append((shard.index, index.stat().st_size, shard.index_sha256))
+    return files
+
+
+def _is_whole(path: Path, size: int, digest: str) -> bool:
+    if not path.exists() or path.stat().st_size != size:
+        return False
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest() == digest
+
+
+def _copy(source: Path, target: Path, digest: str) -> None:
+    found = hashlib.sha256()
+    with source.open("rb") as file, atomic_write(target) as copy:
+        while block := file.read(_BLOCK):
+            found.update(block)
+            copy.write(block)
+        if found.hexdigest() != digest:
+            raise InputError(
+                f"{source} is not what the manifest describes; `maskbank shards verify` finds what "
+                "is wrong, `quarantine` takes it out"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="data_pipeline.stage", description=__doc__)
+    parser.add_argument("shards", help="folder of finished shards")
+    parser.add_argument("folder", type=Path, help="on this machine")
+    options = parser.parse_args(arguments)
+    try:
+        manifest = stage_shards(options.shards, options.folder)
+    except InputError as error:
+        print(f"maskbank: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"maskbank: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    print(f"{len(manifest.shards)} shards, {manifest.bytes / 1e9:.2f} GB, in {options.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

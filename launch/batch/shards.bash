@@ -1,0 +1,23 @@
+set -uo pipefail
+export PYTHONUNBUFFERED=1
+warned=0 told=0
+# what is finished stays: near the time limit the task is requeued and goes on with the rest
+trap 'warned=1; kill -TERM "$child"' USR1
+trap 'told=1' TERM
+
+"${PYTHON[@]}" -m data_pipeline.cli build "$@" --processes "${SLURM_CPUS_PER_TASK:-1}" \
+    --node-rank "$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))" \
+    --num-nodes "${SLURM_ARRAY_TASK_COUNT:-1}" &
+child=$!
+while wait "$child"; status=$?; kill -0 "$child" 2>/dev/null; do :; done
+[[ $warned -eq 1 && $told -eq 0 && $status -ne 0 && $status -ne 2 ]] || exit "$status"
+[[ ${SLURM_RESTART_COUNT:-0} -lt $MAX_RESTARTS ]] || {
+    echo "maskbank: the task was restarted $MAX_RESTARTS times, the most that it may be; ending" >&2
+    exit 1
+}
+for _ in {1..20}; do
+    timeout 30 scontrol requeue "$SLURM_JOB_ID" && sleep 300 && exit
+    sleep 5
+done
+echo "maskbank: the task could not be requeued; submit the same again, it goes on" >&2
+exit 1
