@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from trainer.distributed import Ranks
 
-# Imported once, in the process that all ranks are forked from: a rank then starts in milliseconds.
+# Imported once, where installed, in the process that all ranks are forked from: they then start in
+# milliseconds.
 PRELOADED = [
     "pytest",
     "torch",
@@ -30,6 +31,9 @@ PRELOADED = [
     "data_pipeline.whole_images",
     "evaluation.kmeans",
     "evaluation.linear_probe",
+    "deepspeed",
+    "hypothesis",
+    "timm",
     "tests.ranks",
 ]
 

@@ -1,7 +1,6 @@
 """`maskbank evaluate`: the commands on a tiny run, and what they say when something is wrong."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 from data_pipeline.manifest import Manifest, ShardEntry
 from evaluation.cli import main
 from tests.evaluation_data import scene_shards
+from tests.forked import run_program
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import TrainConfig, load_config, save_config
 from trainer.distributed import Ranks
@@ -66,14 +66,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     """`maskbank evaluate --nproc 2 …`."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     command = [sys.executable, "-m", "evaluation.cli", *map(str, arguments)]
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, *command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_program([sys.executable, "-m", *launcher, *command])
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import torch
 from data_pipeline.build_config import BuildConfig
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.write_shards import build_shards
+from tests.forked import Program
 from tests.test_train import children
 from trainer.checkpoint import complete_checkpoints, newest_checkpoint
 from trainer.metrics import read_metrics
@@ -38,7 +39,7 @@ def settings(shards: Path, run: Path) -> list[str]:
 
 def node(
     port: int, num_ranks: int, record: Path, arguments: list[str], host: bool = False
-) -> subprocess.Popen[bytes]:
+) -> Program:
     """One node's launcher; ranks of all nodes form one run. The host is the one that stays."""
     launcher = [sys.executable, "-m", "launch.ranks", "--nnodes=1:2", "--max-restarts=5"]
     launcher += [f"--nproc-per-node={num_ranks}", "--rdzv-backend=c10d", "--rdzv-id=elastic"]
@@ -46,16 +47,14 @@ def node(
         f"--rdzv-endpoint=localhost:{port}",
         f"--rdzv-conf=last_call_timeout=3,is_host={host}",
     ]
-    output = (record.parent / f"node-{num_ranks}-{time.monotonic_ns()}.txt").open("wb")
-    return subprocess.Popen(
-        [*launcher, "-m", "tests.recorded_train", str(record), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=output,
-        stderr=subprocess.STDOUT,
-    )
+    output = record.parent / f"node-{num_ranks}-{time.monotonic_ns()}.txt"
+    words = [*launcher, "-m", "tests.recorded_train", str(record), *arguments]
+    with output.open("wb") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return Program(words, environment, file.fileno(), subprocess.STDOUT)
 
 
-def wait_for(what: Callable[[], bool], first: subprocess.Popen[bytes]) -> None:
+def wait_for(what: Callable[[], bool], first: Program) -> None:
     deadline = time.monotonic() + 240
     while not what():
         assert first.poll() is None, "the first node ended early"

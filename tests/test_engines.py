@@ -1,7 +1,7 @@
 """DDP and DeepSpeed train alike, and go on from each other's checkpoints."""
 
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from data_pipeline.build_config import BuildConfig
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.write_shards import build_shards
 from tests.ranks import run_on_ranks
-from tests.test_train import ENVIRONMENT, finish
+from tests.test_train import finish, finish_in_full, start
 from trainer.checkpoint import newest_checkpoint
 from trainer.deepspeed_engine import DeepSpeedEngine
 from trainer.distributed import Ranks
@@ -111,14 +111,15 @@ def test_a_run_goes_from_engine_to_engine_and_from_rank_to_rank(
     legs = [(2, zero(3)), (1, ()), (3, zero(1)), (2, zero(2)), (2, ())]
     for number, (ranks, engine) in enumerate(legs):
         arguments = command(shards, run, ranks, *frozen, *engine)
-        with subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE) as process:
-            while number < len(legs) - 1 and process.poll() is None:
-                found = newest_checkpoint(run)
-                if found is not None and found.step >= 3 * (number + 1):
-                    (run / "STOP").touch()
-                    break
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors.decode()
+        process = start(arguments)
+        while number < len(legs) - 1 and process.poll() is None:
+            found = newest_checkpoint(run)
+            if found is not None and found.step >= 3 * (number + 1):
+                (run / "STOP").touch()
+                break
+            time.sleep(0.02)
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
     end = newest_checkpoint(run)
     assert end is not None
     assert end.step == STEPS
@@ -194,7 +195,7 @@ def optimizer_bytes(ranks: Ranks, stage: int | None) -> tuple[int, int]:
 def test_deepspeed_runs_on_one_rank_without_a_launcher(shards: Path, tmp_path: Path) -> None:
     arguments = command(shards, tmp_path / "run", 1, *FROZEN, "run.steps=2", *zero(2))
     alone = [sys.executable, *arguments[arguments.index("trainer.train") - 1 :]]
-    finish(alone)
+    finish_in_full(alone)
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"] == 2
 
 

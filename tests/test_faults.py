@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.build_config import BuildConfig
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.write_shards import build_shards
-from tests.test_train import ENVIRONMENT, assert_same_run, children, finish
+from tests.test_train import ENVIRONMENT, assert_same_run, children, finish, finish_in_full, start
 from tests.test_train import command as plain_command
 from trainer.checkpoint import complete_checkpoints, newest_checkpoint
 from trainer.metrics import read_metrics
@@ -33,7 +33,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finish(command(shards, run, 2))
+    finish_in_full(command(shards, run, 2))
     return run
 
 
@@ -49,16 +49,23 @@ def faulty(arguments: list[str], fault: str, rank: int, number: int) -> list[str
     return [*arguments[:where], *program, *arguments[where + 1 :]]
 
 
-def run_to_end(arguments: list[str]) -> tuple[int, str]:
-    result = subprocess.run(
+def start_in_full(arguments: list[str]) -> "subprocess.Popen[str]":
+    """From the start of Python on, nothing forked."""
+    return subprocess.Popen(
         arguments,
         env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
     )
-    return result.returncode, result.stdout
+
+
+def run_to_end(arguments: list[str]) -> tuple[int, str]:
+    process = start(arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode is not None
+    return process.returncode, output
 
 
 @pytest.mark.parametrize(
@@ -166,12 +173,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(
 
 def test_a_second_run_in_the_same_directory_is_refused(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = subprocess.Popen(
-        command(shards, run, 2, "run.steps=4000"),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    first = start(command(shards, run, 2, "run.steps=4000"))
     try:
         while not complete_checkpoints(run):
             time.sleep(0.05)
@@ -185,12 +187,7 @@ def test_a_second_run_in_the_same_directory_is_refused(shards: Path, tmp_path: P
 
 def test_ranks_whose_launcher_is_gone_stop_by_themselves(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launcher = subprocess.Popen(
-        command(shards, run, 2, "run.steps=4000"),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    launcher = start(command(shards, run, 2, "run.steps=4000"))
     while not complete_checkpoints(run):
         time.sleep(0.05)
     ranks = children(launcher.pid)
@@ -208,14 +205,8 @@ def test_the_command_saves_and_ends_well_when_asked(shards: Path, tmp_path: Path
     run = tmp_path / "run"
     arguments = plain_command(shards, run, 1, *FAST, "run.steps=4000")
     arguments = arguments[arguments.index("--recipe") :]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "train", "--nproc", "2", *arguments],
-        env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = [sys.executable, "-m", "launch.cli", "train", "--nproc", "2", *arguments]
+    process = start_in_full(words) if how == "SIGINT" else start(words)
     while not complete_checkpoints(run):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from data_pipeline.sources.generated import list_scenes
 from data_pipeline.storage import file_system
 from data_pipeline.views import ViewConfig
 from data_pipeline.write_shards import build_shards
+from tests.forked import run_program
 from tests.s3_server import s3_server, why_not
 from tests.sample_data import build_scene_shards, checksums, folder_pair, write
 
@@ -193,9 +193,7 @@ def test_training_from_an_address_is_training_from_a_folder(
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command = [sys.executable, *torchrun, "-m", "trainer.train", *settings]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, check=False, env=environment
-        )
+        done = run_program(command, environment)
         assert done.returncode == 0, done.stderr
         checkpoint = newest_checkpoint(tmp_path / name)
         assert checkpoint is not None

@@ -16,6 +16,7 @@ import torch
 from data_pipeline.build_config import BuildConfig
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.write_shards import build_shards
+from tests.forked import Program, run_program
 from trainer import load_encoder
 from trainer.checkpoint import complete_checkpoints, newest_checkpoint
 from trainer.metrics import read_metrics
@@ -50,22 +51,23 @@ def command(shards: Path, run: Path, ranks: int, *settings: str) -> list[str]:
     ]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        arguments,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(arguments: list[str], largest_file: int = -1) -> Program:
+    return Program(arguments, ENVIRONMENT, subprocess.PIPE, subprocess.STDOUT, largest_file)
 
 
-def finish(arguments: list[str], status: int = 0) -> str:
-    process = start(arguments)
+def finish(arguments: list[str], status: int = 0, largest_file: int = -1) -> str:
+    process = start(arguments, largest_file)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == status, output
     return output
+
+
+def finish_in_full(arguments: list[str]) -> None:
+    """From the start of Python on, nothing forked."""
+    done = subprocess.run(
+        arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
@@ -97,11 +99,11 @@ def assert_same_run(a: Path, b: Path) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finish(command(shards, run, 2))
+    finish_in_full(command(shards, run, 2))
     return run
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, process: Program) -> None:
     deadline = time.monotonic() + 120
     while not any(checkpoint.step >= step for checkpoint in complete_checkpoints(run)):
         assert process.poll() is None, process.communicate()[0]
@@ -142,7 +144,7 @@ def test_asked_to_stop_it_saves_and_goes_on_to_the_same_result(
         assert torch.equal(value, second[name]), name
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
+def kill_all(process: Program) -> None:
     """The launcher and its ranks, which are no process group of their own."""
     for pid in (*children(process.pid), process.pid):
         os.kill(pid, signal.SIGKILL)
@@ -172,14 +174,13 @@ def test_one_rank_goes_on_where_two_stopped(
             torch.testing.assert_close(fewer[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.skipif(shutil.which("prlimit") is None, reason="there is no prlimit here")
 def test_a_full_disk_ends_all_ranks_and_the_run_goes_on_once_there_is_space(
     shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     """A limit on the size of files stands in for the disk: writing a checkpoint fails half-way."""
     run = tmp_path / "full"
     arguments = command(shards, run, 2)
-    output = finish(["prlimit", "--fsize=100000", *arguments], status=1)
+    output = finish(arguments, status=1, largest_file=100_000)
     assert "the checkpoint of step 4 cannot be written ([Errno 27] File too large)" in output
     assert "free space" in output
     assert complete_checkpoints(run) == []
@@ -314,12 +315,9 @@ def test_what_is_wrong_is_said_before_a_rank_starts(
         pytest.skip("this machine has a GPU")
     arguments = command(shards, tmp_path / "run", 1, *settings)
     arguments = arguments[arguments.index("--recipe") :]
-    result = subprocess.run(
+    result = run_program(
         [sys.executable, "-m", "launch.cli", "train", "--nproc", str(ranks), *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        ENVIRONMENT,
     )
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
