@@ -30,7 +30,8 @@ from typing import Any, NoReturn
 LIBRARIES = (
     *("torch", "torch._dynamo", "torch.distributed.launcher", "torch.utils.tensorboard"),
     *("torchvision.models.segmentation", "torchvision.transforms.v2"),
-    *("nvidia.dali.fn", "nvidia.dali.plugin.pytorch", "deepspeed", "safetensors.torch"),
+    *("nvidia.dali.fn", "nvidia.dali.plugin.pytorch", "safetensors.torch"),
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports the compiler
     *("sklearn.cluster", "sklearn.decomposition", "scipy.optimize", "scipy.ndimage"),
     *("rich.progress", "omegaconf", "typer", "jinja2", "simplejpeg"),
 )

@@ -31,7 +31,7 @@ PRELOADED = [
     "data_pipeline.whole_images",
     "evaluation.kmeans",
     "evaluation.linear_probe",
-    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports the compiler
     "hypothesis",
     "timm",
     "tests.ranks",
