@@ -1,9 +1,26 @@
-"""What holds for all tests: one thread of torch a process, and Ctrl-C as a terminal sends it."""
+"""What holds for all tests: one thread of torch, Ctrl-C as a terminal sends it, and their order."""
 
 import signal
+from pathlib import Path
 
+import pytest
 import torch
 
 torch.set_num_threads(1)  # several processes run at a time, and would wait for each other
 # started in the background a shell lets it be ignored, and so do all processes that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Longest first, so that with `-n 2 --dist loadfile` the two processes end at about the same time.
+LONGEST = (
+    *("test_faults", "test_cli", "test_train", "test_doctor_ranks", "test_engines"),
+    *("test_memory_bank", "test_elastic", "test_activation_checkpointing", "test_masks_make"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist else starts with the file of the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(Path(item.path).stem, len(place)))

@@ -243,26 +243,36 @@ def _become(arguments: Sequence[str], env: Mapping[str, str], streams: Sequence[
 
 
 class _Popen(subprocess.Popen):  # type: ignore[type-arg]
-    """Forks `python -m MODULE …` where that writes to where this program does."""
+    """Forks `python -m MODULE …` where nothing is piped and no other option is given."""
 
     def __new__(cls, args: Sequence[str], **options: Any) -> Any:
-        files = (options.get(name) for name in ("stdin", "stdout", "stderr"))
-        if _module_at(args) and not any(file is not None for file in files):
-            return _Child(args, options.get("env"), options.get("start_new_session", False))
+        known = {"env", "stdout", "stderr", "start_new_session"}
+        piped = subprocess.PIPE in (options.get("stdout"), options.get("stderr"))
+        if _module_at(args) and options.keys() <= known and not piped:
+            return _Child(args, **options)
         return super().__new__(cls)
 
 
 class _Child:
     """What is asked of a `Popen` whose program was forked from this one."""
 
-    def __init__(self, args: Sequence[str], env: Mapping[str, str] | None, session: bool) -> None:
+    def __init__(
+        self,
+        args: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        stdout: Any = None,
+        stderr: Any = None,
+        start_new_session: bool = False,
+    ) -> None:
         self.args, self.returncode = args, None
         env = dict(os.environ if env is None else env)
+        out = 1 if stdout is None else stdout.fileno()
+        error = out if stderr == subprocess.STDOUT else 2 if stderr is None else stderr.fileno()
         self.pid = os.fork()
         if self.pid == 0:
-            if session:
+            if start_new_session:
                 os.setsid()
-            _become(args[_module_at(args) :], env, (0, 1, 2))
+            _become(args[_module_at(args) :], env, (0, out, error))
 
     def poll(self) -> int | None:
         return self._ask(os.WNOHANG)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_program
+
 
 def maskbank(*arguments: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -44,7 +46,8 @@ def test_the_demo_ends_with_a_report(tmp_path: Path) -> None:
         assert found["step"] == (4 if name.endswith("trained") else 0)
     page = (output / "report.html").read_text()
     assert "data:image/png;base64," in page
-    again = maskbank("demo", "--output", str(output), "--scenes", "40", "--steps", "4")
+    arguments = ["demo", "--output", str(output), "--scenes", "40", "--steps", "4"]
+    again = run_program([sys.executable, "-m", "launch.cli", *arguments])
     assert again.returncode == 0, again.stderr
 
 

@@ -32,6 +32,9 @@ def prototypes(first: int, count: int) -> tuple[Tensor, Tensor]:
     return F.normalize(angle.sin() + 0.1, dim=1), ids
 
 
+KEYS = prototypes(0, 10_000)[0]
+
+
 def newest(capacity: int, total: int) -> list[int]:
     """Content of one queue."""
     return list(range(max(0, total - capacity), total))
@@ -42,7 +45,7 @@ def content(bank: ShardedMemoryBank) -> list[int]:
     found: list[int] = []
     for keys, ids in bank.chunks():
         assert ids is not None
-        torch.testing.assert_close(keys.float(), prototypes(0, 10_000)[0][ids], rtol=0, atol=4e-3)
+        torch.testing.assert_close(keys.float(), KEYS[ids], rtol=0, atol=4e-3)
         assert 0 < len(ids) <= max(bank.config.chunk_size, bank.ranks.world_size)
         found += ids.tolist()
     return found
@@ -228,6 +231,10 @@ def test_losses_gradients_and_content_are_those_of_one_process_without_chunks(
 # --- what travels ---
 
 
+def received_in_all(ranks: Ranks, settings: list[tuple[BankConfig, int]]) -> list[tuple[int, bool]]:
+    return [received(ranks, config, pixels) for config, pixels in settings]
+
+
 def received(ranks: Ranks, config: BankConfig, pixels: int) -> tuple[int, bool]:
     bank = ShardedMemoryBank(config, DIM, ranks)
     bank.enqueue(*prototypes(0, 4000))
@@ -240,15 +247,18 @@ def received(ranks: Ranks, config: BankConfig, pixels: int) -> tuple[int, bool]:
 @pytest.mark.slow
 def test_bytes_are_those_of_the_other_shards_or_of_the_fewer_pixels() -> None:
     full = 4000 * DIM * 4 * 3 // 4  # K · D · bytes · (W − 1) / W
-    for config, pixels, expected in (
+    cases = (
         (BankConfig(4000), 4000, (full, False)),
         (BankConfig(4000, "bfloat16", chunk_size=100), 4000, (full // 2, False)),
         (BankConfig(4000, mask_same_image=True), 4000, (full + 4000 * 8 * 3 // 4, False)),
         (BankConfig(4000), 10, (3 * 10 * 4 * (DIM + DIM + 2), True)),
         (BankConfig(4000, move="bank"), 10, (full, False)),
         (BankConfig(4000, move="pixels"), 4000, (3 * 4000 * 4 * (DIM + DIM + 2), True)),
-    ):
-        assert run_on_ranks(received, 4, config, pixels) == [expected] * 4, config
+    )
+    by_rank = run_on_ranks(received_in_all, 4, [case[:2] for case in cases])
+    for found in by_rank:
+        for (config, _, expected), values in zip(cases, found, strict=True):
+            assert values == expected, config
     assert run_on_ranks(received, 1, BankConfig(4000), 10) == [(0, False)]
 
 
