@@ -8,17 +8,20 @@ import argparse
 import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import atomic_write, only_writer
+from data_pipeline.files import FolderInUse, atomic_write, only_writer
 from data_pipeline.manifest import FILE_NAME, Manifest, read_manifest
 
 _BLOCK = 4 << 20
 _THREADS = 8  # network disks answer many requests at a time
 _SPARE_BYTES = 1 << 28
+_PAUSE = 0.5  # seconds
 
 
 def stage_shards(
@@ -42,7 +45,7 @@ def stage_shards(
             "folder of the node's own instead of copying them"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with only_writer(folder):
+    with _alone_in(folder):
         wanted = _files(source)
         missing = [
             (name, size, digest)
@@ -67,6 +70,19 @@ def stage_shards(
         with atomic_write(folder / FILE_NAME) as file:
             file.write(source.encode())
     return read_manifest(folder)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits for other processes that copy to the same folder: nodes may share it after all."""
+    with ExitStack() as lock:
+        while True:
+            try:
+                lock.enter_context(only_writer(folder))
+                break
+            except FolderInUse:
+                time.sleep(_PAUSE)
+        yield
 
 
 def _files(manifest: Manifest) -> list[tuple[str, int, str]]:

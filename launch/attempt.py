@@ -221,7 +221,7 @@ def end(run: Path, options: argparse.Namespace) -> int:
             gained=max(0, step - before),
             fruitless=fruitless_ends(rows, own_job()),
             max_crashes=options.max_crashes,
-            log=f"{run}/logs",
+            log=f"{run}/logs and the lines above",
         )
     )
     _note(run, "end", options, step=step, gained=max(0, step - before), **asdict(verdict))

@@ -50,7 +50,7 @@ def follow(jobs: Sequence[str], runs: Sequence[Path], console: Console) -> int:
         return 130
     for one in states:
         if one.state != "COMPLETED" and (line := last_line(one.job)):
-            console.print(f"{one.job} {one.name} {one.state}: {line}", markup=False)
+            console.print(f"{one.job} {one.name} {one.state}: {line}", markup=False, soft_wrap=True)
     if not states:
         console.print("SLURM does not know these jobs any more; their logs say how they ended")
         return 1
@@ -82,7 +82,9 @@ def _view(console: Console) -> Any:
         for name, row in rows.items():
             if row and seen.get(name) != row:
                 seen[name] = row
-                console.print(f"{time.strftime('%H:%M:%S')} {name} {row}", markup=False)
+                console.print(
+                    f"{time.strftime('%H:%M:%S')} {name} {row}", markup=False, soft_wrap=True
+                )
 
     yield changed
 

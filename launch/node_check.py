@@ -81,7 +81,8 @@ def device_finding(device: str, num_ranks: int, seconds: float) -> Finding:
     """Whether torch works here, with a device for each rank."""
     found = facts(start_probe("launch.doctor_probes", ["torch", device], seconds))
     if "error" in found:
-        return failed("devices", f"torch does not work: {found['error']}", "reinstall it there")
+        remedy = "mend it there; raise --check if the node is only slow to load it"
+        return failed("devices", f"torch does not work: {found['error']}", remedy)
     gpus = found.get("gpus", [])
     broken = [gpu for gpu in gpus if "error" in gpu]
     if device == "cpu" or (device == "auto" and not gpus):
@@ -99,7 +100,8 @@ def look(options: argparse.Namespace) -> int:
     findings: list[Finding] = []
 
     def look_around() -> None:
-        findings.append(device_finding(options.device, options.ranks_per_node, options.seconds / 3))
+        limit = 0.8 * options.seconds
+        findings.append(device_finding(options.device, options.ranks_per_node, limit))
         findings.append(shards_finding(options.shards))
         findings.append(run_finding(options.record))
         with contextlib.suppress(OSError):  # who leaves nothing is sick
@@ -115,7 +117,7 @@ def look(options: argparse.Namespace) -> int:
             device=options.device,
             folder="",
             seconds=options.seconds / 2,
-            patience=options.seconds / 2,
+            patience=options.seconds,
             report=f"{folder}/report.json",
             findings="",
         )
@@ -174,10 +176,10 @@ def choose_nodes(options: argparse.Namespace) -> int:
         _say(f"{name} is left out: {reason}")
     if len(choice.nodes) < options.num_nodes:
         first, reason = next(iter(choice.sick.items()))
+        remedy = f"submit with --exclude={','.join(choice.sick)}, or with --spare-nodes"
         _say(
             f"{len(choice.nodes)} of {len(names)} nodes are well, {options.num_nodes} are needed "
-            f"({first}: {reason}); submit with --exclude={','.join(choice.sick)}, or with "
-            "--spare-nodes"
+            f"({first}: {reason})" + (f"; {remedy}" if choice.nodes else "")
         )
         return 1
     print(",".join(choice.nodes))

@@ -1,11 +1,14 @@
 """Batch scripts for SLURM: a pure function from what is to run to the text of a script.
 
 A script is its `#SBATCH` lines, a few settings, the arguments, and one of the bodies in
-`launch/batch/`, which are the same for everyone. `slurm/*.sbatch` are what it makes of defaults.
+`launch/batch/`, which are the same for everyone. `slurm/*.sbatch` are what it makes of
+`STANDALONE`; `python -m launch.sbatch slurm` writes them again.
 """
 
 import re
 import shlex
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -15,29 +18,13 @@ _BODIES = Path(__file__).with_name("batch")
 _OPTION = re.compile(r"([a-z][a-z0-9-]*)(?:=(.*))?", re.DOTALL)
 _TIME = re.compile(r"\d+(-\d+(:\d+){0,2})?|\d+:\d+(:\d+)?|infinite|UNLIMITED", re.IGNORECASE)
 _ARRAY = re.compile(r"[0-9,:-]+(%\d+)?")
-_OURS = frozenset(  # what the script relies on
-    [
-        "nodes",
-        "ntasks",
-        "ntasks-per-node",
-        "gpus-per-node",
-        "signal",
-        "requeue",
-        "no-requeue",
-        "output",
-        "error",
-        "array",
-        "wrap",
-        "open-mode",
-        "parsable",
-        "job-name",
-        "dependency",
-        "kill-on-invalid-dep",
-        "test-only",
-        "wait",
-        "uid",
-        "gid",
-    ]
+# what the script relies on
+_OURS = frozenset(
+    (
+        *("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "signal", "requeue", "no-requeue"),
+        *("output", "error", "array", "wrap", "open-mode", "parsable", "job-name", "dependency"),
+        *("kill-on-invalid-dep", "test-only", "wait", "uid", "gid"),
+    )
 )
 
 
@@ -170,6 +157,15 @@ class Job:
         return self.array or (f"0-{self.seeds - 1}" if self.seeds else "")
 
 
+_GPU_NODES = Resources(nodes=2, gpus_per_node=8, cpus_per_task=64, time="24:00:00")
+_GPU_NODE = Resources(gpus_per_node=8, cpus_per_task=64, time="4:00:00")
+_CPU_NODE = Resources(cpus_per_task=8, mem="16G", time="12:00:00")
+# slurm/KIND.sbatch: for use by hand, taking their arguments from sbatch's command line
+STANDALONE: Mapping[Kind, Job] = {
+    "train": Job("train", resources=_GPU_NODES, ranks_per_node=8, device="cuda"),
+    "evaluate": Job("evaluate", resources=_GPU_NODE, ranks_per_node=8),
+    "shards": Job("shards", resources=_CPU_NODE, array="0-3"),
+}
 _RUN = "run.directory="
 _SAID = {
     "train": """\
@@ -191,8 +187,8 @@ _SAID = {
 #
 #   sbatch --array=0-7 shards.sbatch folder --images photos --masks masks --output shards/train
 #
-# Arguments are those of `maskbank shards build`. A task that was killed, or requeued itself near its
-# time limit, goes on with what it has not finished; the whole can be submitted again.""",
+# Arguments are those of `maskbank shards build`. A task that was killed, or requeued itself near
+# its time limit, goes on with what it has not finished; the whole can be submitted again.""",
 }
 
 
@@ -213,11 +209,8 @@ def _directives(job: Job) -> list[str]:
     asked, options = job.resources, [("job-name", job.title)]
     if job.tasks:
         options.append(("array", job.tasks))
-    if job.kind != "shards":
-        options.append(("nodes", str(asked.nodes)))
-    options.append(("ntasks-per-node", "1"))
-    if job.kind == "shards":
-        options.append(("nodes", "1"))
+    nodes = 1 if job.kind == "shards" else asked.nodes
+    options += [("nodes", str(nodes)), ("ntasks-per-node", "1")]
     named = {
         "gpus-per-node": asked.gpus_per_node,
         "cpus-per-task": asked.cpus_per_task,
@@ -303,3 +296,13 @@ def _with_variables(folder: str) -> str:
         elif part:
             words.append(shlex.quote(part))
     return "".join(words) or "''"
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for kind, job in STANDALONE.items():
+        (folder / f"{kind}.sbatch").write_text(render(job), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

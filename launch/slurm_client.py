@@ -10,23 +10,11 @@ _SECONDS = 30.0  # a controller that is down makes each command wait
 _FORMAT = "%i|%T|%r|%N|%M|%j"
 # of a job that may still run, however often it has to start
 UNFINISHED = frozenset(
-    [
-        "PENDING",
-        "CONFIGURING",
-        "RUNNING",
-        "COMPLETING",
-        "SUSPENDED",
-        "REQUEUED",
-        "REQUEUE_HOLD",
-        "REQUEUE_FED",
-        "SPECIAL_EXIT",
-        "STAGE_OUT",
-        "SIGNALING",
-        "RESIZING",
-        "STOPPED",
-        "PREEMPTED",
-        "NODE_FAIL",
-    ]
+    (
+        *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "SIGNALING"),
+        *("REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "STAGE_OUT", "RESIZING", "STOPPED"),
+        *("PREEMPTED", "NODE_FAIL"),
+    )
 )
 
 

@@ -1,4 +1,4 @@
-"""`maskbank submit`: options into jobs, jobs into SLURM; the jobs of a chain are parted by --then."""
+"""`maskbank submit`: options into jobs, jobs into SLURM; --then parts the jobs of a chain."""
 
 import sys
 from collections.abc import Sequence

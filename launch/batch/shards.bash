@@ -1,8 +1,8 @@
 set -uo pipefail
 export PYTHONUNBUFFERED=1
-warned=0 told=0
+warned=0 told=0 child=
 # what is finished stays: near the time limit the task is requeued and goes on with the rest
-trap 'warned=1; kill -TERM "$child"' USR1
+trap 'warned=1; [[ -z $child ]] || kill -TERM "$child"' USR1
 trap 'told=1' TERM
 
 "${PYTHON[@]}" -m data_pipeline.cli build "$@" --processes "${SLURM_CPUS_PER_TASK:-1}" \

@@ -45,6 +45,15 @@ requeue() {
     fail "the job could not be requeued; submit the same again, it goes on from its checkpoint"
 }
 
+# What the ranks' end means: 0 is done, 75 is again; else it failed, for the reason in the last line.
+conclude() {
+    "${PYTHON[@]}" -m launch.attempt end "$run_folder" --attempt "$attempt" --status "$status" \
+        --warned "$warned" --told "$told" --max-crashes "$MAX_CRASHES" \
+        --job "$(timeout 30 scontrol --oneliner show job "$SLURM_JOB_ID")"
+    status=$?
+    [[ $status -ne 75 ]] || requeue
+}
+
 read_folders() {
     folders=$("${PYTHON[@]}" -m trainer.preflight --folders "$@") || exit
     read_json='import json, sys; print(json.loads(sys.argv[1])[sys.argv[2]])'
@@ -68,33 +77,28 @@ if [[ $CHECK_SECONDS -gt 0 ]]; then
     nodes=$("${PYTHON[@]}" -m launch.node_check choose --record "$record" --num-nodes "$num_nodes" \
         --names "$(scontrol show hostnames "$nodes")") || exit
 fi
-[[ $told -eq 0 ]] || exit 143
-[[ $warned -eq 0 ]] || requeue
 
 if [[ -n $STAGE_FOLDER ]]; then
     stage=$STAGE_FOLDER/maskbank-$SLURM_JOB_ID
-    run srun --nodes="$num_nodes" --nodelist="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    run srun --nodes="$num_nodes" --ntasks="$num_nodes" --nodelist="$nodes" --kill-on-bad-exit=1 \
         "${PYTHON[@]}" -m data_pipeline.stage "$shards" "$stage"
-    [[ $told -eq 0 ]] || exit 143
-    [[ $status -eq 0 ]] || fail "the shards could not be copied to $stage on every node" "$status"
+    [[ $status -eq 0 || $told -eq 1 ]] || fail "the shards could not be copied to $stage on every node" "$status"
     set -- "$@" "data.shards=$stage"
 fi
 
 # One torchrun a node; they meet on the first one, at a port that no other start of a job has.
 head=$(scontrol show hostnames "$nodes" | head -n1)
 port=$((20000 + (SLURM_JOB_ID * 7 + restarts) % 10000))
-echo "training on $nodes, $RANKS_PER_NODE ranks each; output in $run_folder/logs"
-run srun --nodes="$num_nodes" --nodelist="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    "${PYTHON[@]}" -m launch.node_agent --run "$run_folder" --attempt "$attempt" \
-    --nnodes="$num_nodes" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
-    --rdzv-backend=c10d --rdzv-id="$attempt" --rdzv-endpoint="$head:$port" \
-    -m trainer.train "$@"
-
-# 0: done; 75: again; else it failed, for the reason in the last line.
-"${PYTHON[@]}" -m launch.attempt end "$run_folder" --attempt "$attempt" --status "$status" \
-    --warned "$warned" --told "$told" --max-crashes "$MAX_CRASHES" \
-    --job "$(timeout 30 scontrol --oneliner show job "$SLURM_JOB_ID")"
-status=$?
-[[ $status -ne 75 ]] || requeue
-[[ -z $STAGE_FOLDER ]] || run srun --nodes="$num_nodes" --nodelist="$nodes" --ntasks-per-node=1 rm -rf -- "$stage"
+status=0
+if [[ $told -eq 0 && $warned -eq 0 ]]; then
+    echo "training on $nodes, $RANKS_PER_NODE ranks each; output in $run_folder/logs"
+    run srun --nodes="$num_nodes" --ntasks="$num_nodes" --nodelist="$nodes" --kill-on-bad-exit=1 \
+        "${PYTHON[@]}" -m launch.node_agent --run "$run_folder" --attempt "$attempt" \
+        --nnodes="$num_nodes" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
+        --rdzv-backend=c10d --rdzv-id="$attempt" --rdzv-endpoint="$head:$port" \
+        -m trainer.train "$@"
+fi
+conclude
+[[ -z $STAGE_FOLDER ]] || srun --nodes="$num_nodes" --ntasks="$num_nodes" --nodelist="$nodes" \
+    rm -rf -- "$stage"
 exit "$status"
