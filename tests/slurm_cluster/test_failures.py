@@ -31,19 +31,19 @@ def kill_slurmd(cluster: Cluster, name: str) -> None:
 
 
 def test_time_limit_checkpoint_requeue(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
-    """A limit of one minute, of which SLURM's signal leaves 20 to 50 s; two starts cannot do it."""
-    steps = 112
+    """A limit of two minutes, of which SLURM's signal leaves 40 to 70 s; two starts cannot do it."""
+    steps = 144
     run, log = tmp_path / "run", tmp_path / "log"
-    job = train_job(settings(shards, run, steps), 2, 1, max_crashes=10)
+    job = train_job(settings(shards, run, steps), 2, 1, signal_seconds=50)
     number = submit_paced(cluster, job, log, 1.0)
-    cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=1")
+    cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=2")
 
     def two_gained() -> bool:
         cluster.hurry(number)
         rows = [row for row in read_attempts(run) if row["event"] == "end"]
         return sum(row["end"] == "time limit" and row["gained"] > 0 for row in rows) == 2
 
-    cluster.until(two_gained, "two starts that the limit ended", [number], seconds=500)
+    cluster.until(two_gained, "two starts that the limit ended", [number], seconds=400)
     hasten(log)
     cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     assert cluster.wait([number]) == ["COMPLETED"]
