@@ -43,7 +43,7 @@ def test_options_reach_the_job() -> None:
     assert (one.follow, one.dry_run) == (True, False)
     assert job.arguments == TRAIN[1:]
     assert (job.resources.nodes, job.spare_nodes, job.ranks_per_node) == (4, 1, 4)
-    assert (job.device, job.signal_seconds, job.stage) == ("cuda", 300, "$TMP")
+    assert (job.device, job.signal_seconds, job.stage) == ("cuda", 300, "$TMPDIR")
     assert job.resources.extra == ("mail-type=END", "exclusive")
     assert job.surroundings.python == ("python3",)
     assert "apptainer exec --nv --bind /data a.sif python3" in render(job)
