@@ -12,8 +12,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Longest first, so that with `-n 2 --dist loadfile` the two processes end at about the same time.
 LONGEST = (
-    *("test_faults", "test_cli", "test_train", "test_doctor_ranks", "test_engines"),
-    *("test_memory_bank", "test_elastic", "test_activation_checkpointing", "test_masks_make"),
+    *("test_pipeline", "test_faults", "test_cli", "test_failures", "test_train"),
+    *("test_doctor_ranks", "test_engines", "test_memory_bank", "test_elastic"),
+    *("test_activation_checkpointing", "test_masks_make", "test_backbones"),
 )
 
 
