@@ -58,12 +58,13 @@ def follow(jobs: Sequence[str], runs: Sequence[Path], console: Console) -> int:
 
 
 def last_line(job: str) -> str:
-    """The last line of a job's log, which says why it failed."""
+    """The last line of a job's log that is not SLURM's: it says why the job failed."""
     with contextlib.suppress(SlurmError, OSError):
         printed = call(["scontrol", "show", "job", job])
         if found := re.search(r"^\s*StdOut=(.*)$", printed, re.MULTILINE):
             lines = Path(found.group(1)).read_text(errors="replace").strip().splitlines()
-            return lines[-1] if lines else ""
+            own = [line for line in lines if not line.startswith(("srun:", "slurmstepd"))]
+            return (own or lines or [""])[-1]
     return ""
 
 
