@@ -179,10 +179,22 @@ def begin(run: Path, options: argparse.Namespace) -> int:
     if restarts > options.max_restarts:
         _say(f"the job was restarted {options.max_restarts} times, the most that it may be; ending")
         return 1
+    if restarts:
+        _say(f"start {restarts + 1} at step {newest_step(run)}; {_before(run, restarts)}")
     _note(run, "begin", options, step=newest_step(run), nodes=options.nodes)
     environment = {"time": _now(), "restarts": restarts, "job": options.job} | surroundings()
     (folder / "environment.json").write_text(json.dumps(environment, indent=1))
     return 0
+
+
+def _before(run: Path, restarts: int) -> str:
+    """How the start before this one ended."""
+    attempt = f"{own_job()}.{restarts - 1}"
+    rows = [row for row in read_attempts(run) if row.get("attempt") == attempt]
+    end = next((row for row in rows if row.get("event") == "end"), None)
+    if end is None:
+        return "the one before was killed from outside: nodes failed, or SLURM did not wait"
+    return f"the one before: {end.get('end')}, {end.get('message')}"
 
 
 def surroundings() -> dict[str, Any]:

@@ -161,6 +161,18 @@ def test_begin_and_end_as_the_script_calls_them(tmp_path: Path) -> None:
     assert "SLURM has started this job again elsewhere" in elsewhere.stdout
 
 
+def test_a_start_says_how_the_one_before_ended(tmp_path: Path) -> None:
+    attempt(tmp_path, "begin", "--attempt", "7.0")
+    make_run(tmp_path, 8, 99.0)
+    attempt(tmp_path, "end", "--attempt", "7.0", "--warned", "1", "--status", "0")
+    second = attempt(tmp_path, "begin", "--attempt", "7.1", SLURM_RESTART_COUNT="1")
+    assert second.stdout == (
+        "maskbank: start 2 at step 8; the one before: time limit, the time limit is near\n"
+    )
+    third = attempt(tmp_path, "begin", "--attempt", "7.2", SLURM_RESTART_COUNT="2")
+    assert "the one before was killed from outside" in third.stdout
+
+
 def test_the_number_of_restarts_is_bounded(tmp_path: Path) -> None:
     words = ("begin", "--attempt", "7.4", "--max-restarts", "3")
     assert attempt(tmp_path, *words, SLURM_RESTART_COUNT="3").returncode == 0

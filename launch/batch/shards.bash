@@ -16,7 +16,11 @@ while wait "$child"; status=$?; kill -0 "$child" 2>/dev/null; do :; done
     exit 1
 }
 for _ in {1..20}; do
-    timeout 30 scontrol requeue "$SLURM_JOB_ID" && sleep 300 && exit
+    if job=$(timeout 30 scontrol --oneliner show job "$SLURM_JOB_ID"); then
+        # on a node that was cut off the task may long since run elsewhere
+        [[ $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] || exit 0
+        timeout 30 scontrol requeue "$SLURM_JOB_ID" && sleep 300 && exit
+    fi
     sleep 5
 done
 echo "maskbank: the task could not be requeued; submit the same again, it goes on" >&2

@@ -36,10 +36,13 @@ fail() {
     exit "${2:-1}"
 }
 
+# Ends this script too. On a node that was cut off the job may long since run elsewhere.
 requeue() {
     for _ in {1..20}; do
-        # ends this script too
-        timeout 30 scontrol requeue "$SLURM_JOB_ID" && sleep 300 && exit
+        if job=$(timeout 30 scontrol --oneliner show job "$SLURM_JOB_ID"); then
+            [[ $job == *" Restarts=$restarts "* ]] || fail "the job has been started elsewhere" 0
+            timeout 30 scontrol requeue "$SLURM_JOB_ID" && sleep 300 && exit
+        fi
         sleep 5
     done
     fail "the job could not be requeued; submit the same again, it goes on from its checkpoint"

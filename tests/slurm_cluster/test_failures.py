@@ -83,8 +83,9 @@ def test_nodes_fail_and_spare_ones_take_over(
         cluster.until(lambda f=failure: reached(tmp_path / f, 8), "step 8", [number])
     struck = {failure: cluster.nodes(number) for failure, number in jobs.items()}
     cluster.node("kill", struck["kill"][1])
-    cluster.node("cut", struck["cut"][1])
-    kill_slurmd(cluster, struck["slurmd"][0])  # that of the batch script
+    # the batch scripts' own nodes
+    cluster.node("cut", struck["cut"][0])
+    kill_slurmd(cluster, struck["slurmd"][0])
     try:
         # its processes go on meanwhile, and would be done before SLURM notices
         cluster.until(
@@ -95,10 +96,10 @@ def test_nodes_fail_and_spare_ones_take_over(
         assert cluster.wait(list(jobs.values())) == ["COMPLETED"] * 3
         for failure, number in jobs.items():
             assert cluster.restarts(number) == 1, failure
-            lost = struck[failure][0 if failure == "slurmd" else 1]
+            lost = struck[failure][1 if failure == "kill" else 0]
             assert lost not in cluster.nodes(number)
     finally:
-        cluster.node("heal", struck["cut"][1])
+        cluster.node("heal", struck["cut"][0])
         for name in (struck["kill"][1], struck["slurmd"][0]):
             if name == struck["slurmd"][0]:
                 cluster.node("kill", name)
