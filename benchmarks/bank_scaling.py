@@ -106,7 +106,7 @@ def hidden(
     list(shared.chunks())  # starts the transport's threads
     if spare_core:  # of this thread, and of autograd's, which it starts
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    batch = _some_batch(images, config.views.image_size, ranks)
+    batch = some_batch(images, config.views.image_size, ranks)
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     exchange_alone, waited = [], 0.0
     for number in range(steps + 1):
@@ -218,7 +218,7 @@ def _error_against_float64(
     return float((queries.grad[some] - expected).abs().max() / expected.abs().max())
 
 
-def _some_batch(images: int, size: int, ranks: Ranks) -> Batch:
+def some_batch(images: int, size: int, ranks: Ranks) -> Batch:
     draw = torch.Generator().manual_seed(ranks.rank)
     views = torch.randn(2, images, 3, size, size, generator=draw)
     masks = torch.zeros(2, images, size, size, dtype=torch.uint8)
