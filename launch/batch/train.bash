@@ -8,7 +8,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_DUMP_ON_TIMEOUT=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} PYTHONUNBUFFERED=1
 
 # Before the time limit SLURM signals this shell alone; srun passes it on to all nodes, whose ranks
-# finish their step and write a checkpoint. In the last seconds the job is requeued as it is.
+# finish their step and write a checkpoint. In the last seconds they are ended as they are.
 warn() {
     warned=1
     [[ -z $child ]] || kill -USR1 "$child" 2>/dev/null
@@ -27,6 +27,10 @@ run() {
     child=$!
     while wait "$child"; status=$?; kill -0 "$child" 2>/dev/null; do
         [[ $too_late -eq 0 ]] || break
+    done
+    for _ in {1..20}; do # only where it was too late
+        kill -TERM "$child" 2>/dev/null || break
+        sleep 0.5
     done
     child=
 }
