@@ -12,6 +12,7 @@ from trainer.engine import EngineConfig
 from trainer.schedule import OptimConfig
 
 OPTIM = OptimConfig(clip_norm=2.0, accumulate=2)
+BUCKETS = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
 
 
 def made(file: Path | None = None, precision: str = "bf16", **config: Any) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def test_without_a_file_everything_comes_from_the_run() -> None:
     assert zero_stage(settings) == 1
     assert made(precision="float32")["torch_autocast"] == {"enabled": False}
     offloaded = made(zero_stage=2, offload_optimizer=True)["zero_optimization"]
-    assert offloaded == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert offloaded == {"stage": 2, "offload_optimizer": {"device": "cpu"}, **BUCKETS}
 
 
 def test_auto_and_what_is_equal_is_taken_and_the_rest_is_kept(tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_auto_and_what_is_equal_is_taken_and_the_rest_is_kept(tmp_path: Path) ->
     }
     settings = made(written(tmp_path, file))
     assert settings["train_batch_size"] == 48
-    assert settings["zero_optimization"] == {"stage": 3, "overlap_comm": True}
+    assert settings["zero_optimization"] == {"stage": 3, "overlap_comm": True, **BUCKETS}
     assert settings["wall_clock_breakdown"] is True
     assert "bf16" not in settings
     assert '"auto"' not in json.dumps(settings)

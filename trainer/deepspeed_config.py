@@ -11,6 +11,7 @@ from trainer.engine import EngineConfig
 from trainer.schedule import OptimConfig
 
 AUTO = "auto"  # "take ours", as in Hugging Face's files
+_BUCKET = 50_000_000  # numbers that travel at a time
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 # What DeepSpeed could do as well, but is done here: the optimizer's state has to be readable for
 # checkpoints of any engine, and the schedule goes by global steps.
@@ -65,6 +66,9 @@ def deepspeed_settings(
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = False
     settings.setdefault("steps_per_print", None)
+    for kind in ("reduce", "allgather"):
+        # it takes this memory whatever the network's size is: 2 GB by its own default
+        settings["zero_optimization"].setdefault(f"{kind}_bucket_size", _BUCKET)
     return settings
 
 

@@ -25,6 +25,8 @@ from trainer.momentum import update_momentum
 from trainer.optimizer import STATE_NAMES, build_optimizer, make_state
 from trainer.schedule import OptimConfig
 
+_STEPS_TO_DOUBLE = 2000  # the loss scale of fp16, as torch's GradScaler does
+
 
 def import_deepspeed(device: torch.device) -> Any:
     """The module.
@@ -48,6 +50,20 @@ def import_deepspeed(device: torch.device) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     return deepspeed
+
+
+class LossScale:
+    """Of fp16: halved by a step that is no number, doubled after 2,000 in a row that are."""
+
+    def __init__(self, value: float = 65536.0) -> None:
+        self.value, self._good = value, 0
+
+    def update(self, bad: bool) -> None:
+        self._good = 0 if bad else self._good + 1
+        if bad:
+            self.value /= 2
+        elif self._good == _STEPS_TO_DOUBLE:
+            self.value, self._good = 2 * self.value, 0
 
 
 class DeepSpeedEngine:
@@ -97,6 +113,9 @@ class DeepSpeedEngine:
                 momentum_encoder, _for_inference(settings), None
             )
         self._gradient_sum: Tensor | None = None
+        self._loss_scale: LossScale | None = None
+        if precision == "fp16":
+            self._scale_losses(LossScale())
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(self._look_at)  # type: ignore[no-untyped-call]
@@ -112,7 +131,9 @@ class DeepSpeedEngine:
         self.base_optimizer.hold = True
         for micro in range(self._config.accumulate):
             output = self.forward(images)
-            self.backward(0 * (output.embedding.sum() + output.saliency.sum()))
+            # float32, as losses are: the loss scale is infinite in float16
+            nothing = 0 * (output.embedding.float().sum() + output.saliency.float().sum())
+            self.backward(nothing)
             if micro + 1 < self._config.accumulate:
                 self._engine.step()
         self._engine.step()
@@ -148,6 +169,8 @@ class DeepSpeedEngine:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
+        if self._stage == 0 and self._loss_scale is not None:
+            loss = loss * self._loss_scale.value
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch
@@ -163,6 +186,9 @@ class DeepSpeedEngine:
         self.base_optimizer.hold = skip
         self._engine.step()
         self.base_optimizer.hold = False
+        if self._loss_scale is not None:
+            self._loss_scale.update(bad=skip)
+            self._scale_losses(self._loss_scale)
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device)
@@ -177,6 +203,8 @@ class DeepSpeedEngine:
                 yield StateTensor("optimizer", f"{kind}.{name}", self._get(parameter, kind))
             if self._config.name == "adamw":
                 yield StateTensor("optimizer", f"step.{name}", self._steps().clone())
+        if self._loss_scale is not None:
+            yield StateTensor("optimizer", "loss_scale", torch.tensor(self._loss_scale.value))
 
     def load_optimizer(self, read: Callable[[str], Tensor | None]) -> None:
         for name, parameter in self.network.named_parameters():
@@ -190,6 +218,9 @@ class DeepSpeedEngine:
             if steps is not None and self._config.name == "adamw":
                 for state in self.base_optimizer.state.values():
                     state["step"].copy_(steps)
+        scale = read("loss_scale")
+        if self._loss_scale is not None and scale is not None:
+            self._scale_losses(LossScale(float(scale)))
 
     # --- one parameter's state, wherever ZeRO has put it ---
 
@@ -241,11 +272,26 @@ class DeepSpeedEngine:
         total = gradient.detach().float().sum()
         self._gradient_sum = total if self._gradient_sum is None else self._gradient_sum + total
 
+    def _scale_losses(self, scale: LossScale) -> None:
+        """From now on.
+
+        DeepSpeed's own scaler under autocast is never lowered by a step that overflows, and clips
+        gradients that are still scaled.
+        """
+        self._loss_scale = scale
+        if self._stage == 0:
+            self._engine.torch_autocast_z0_gradscaler = None
+        else:
+            self.optimizer.torch_autocast_gradscaler = None
+            self.optimizer.override_loss_scale(scale.value)
+
     def _norm_of_unwrapped(self) -> Tensor | None:
-        """Stage 0 in float32 is torch's optimizer, of which DeepSpeed knows no norm."""
+        """Stage 0 is torch's optimizer, of which DeepSpeed knows neither norm nor loss scale."""
         if self._stage > 0:
             return None
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        if self._loss_scale is not None:
+            torch._foreach_mul_(gradients, 1 / self._loss_scale.value)
         return nn.utils.get_total_norm(gradients)
 
 
@@ -254,7 +300,8 @@ def _make_group_for_one(ranks: Ranks) -> None:
     os.environ.setdefault("LOCAL_RANK", str(ranks.device.index or 0))
     if not dist.is_initialized():
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        device = ranks.device if backend == "nccl" else None
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=device)
 
 
 def _partition(parameter: Tensor) -> Tensor:
