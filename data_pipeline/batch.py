@@ -26,5 +26,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; a copy from pinned memory does not wait."""
-        fields = (self.query_image, self.key_image, self.query_mask, self.key_mask, self.sample_id)
-        return Batch(*(field.to(device, non_blocking=True) for field in fields))
+        return Batch(*(field.to(device, non_blocking=True) for field in self._fields()))
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Says that work on `stream` reads the batch, which was made on another one."""
+        for field in self._fields():
+            field.record_stream(stream)
+
+    def _fields(self) -> tuple[Tensor, ...]:
+        return self.query_image, self.key_image, self.query_mask, self.key_mask, self.sample_id

@@ -94,11 +94,12 @@ class BatchStream:
         order = SampleOrder(index.counts, seed, window)
         self.fetcher = Fetcher(SampleReader(index), order, views, threads)
         self.wait_seconds = 0.0
-        self._part = (batch_size, rank, world_size)
+        self._part, self._device = (batch_size, rank, world_size), device
         self._loader = make_loader(
             loader, -(-batch_size // world_size), views.image_size, threads, device
         )
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
+        self._copies: torch.cuda.Stream | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._work, args=(start,), name="batches", daemon=True
@@ -114,6 +115,9 @@ class BatchStream:
         self.wait_seconds += time.perf_counter() - before
         if isinstance(batch, BaseException):
             raise batch
+        if self._device.type == "cuda":
+            # its memory is not given to a later batch while this stream still reads it
+            batch.record_stream(torch.cuda.current_stream(self._device))
         return batch
 
     def close(self) -> None:
@@ -131,10 +135,25 @@ class BatchStream:
         try:
             while not self._stop.is_set():
                 positions = batch_positions(step, *self._part)
-                self._put(self._loader.load(self.fetcher.fetch(positions)))
+                self._put(self._load(self.fetcher.fetch(positions)))
                 step += 1
         except BaseException as error:  # handed to the training thread, which raises it
             self._put(error)
+
+    def _load(self, samples: Sequence[FetchedSample]) -> Batch:
+        """A batch that is there; on a GPU, copies go by a stream of their own.
+
+        On the trainer's stream they would stand behind all that it has in its queue.
+        """
+        if self._device.type != "cuda":
+            return self._loader.load(samples)
+        if self._copies is None:
+            torch.cuda.set_device(self._device)  # a thread begins with GPU 0
+            self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._copies):
+            batch = self._loader.load(samples)
+        self._copies.synchronize()
+        return batch
 
     def _put(self, value: Batch | BaseException) -> None:
         while not self._stop.is_set():

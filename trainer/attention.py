@@ -17,6 +17,8 @@ from torch.nn import functional as F
 NOTHING = -1e30  # the log-sum-exp of no keys; finite, so that merging two of them gives no NaN
 _KEYS_A_CALL = 4096  # fewer keys a call cost up to four times as much each
 _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}  # logits held at a time where they are written out
+_SAMPLES_A_CALL = 32  # whose own keys are told from the others' by as many numbers more a key
+_APART = 128.0  # taken from the cosine of what is of one sample: e^-128 is left at T = 1
 _PROBED = 256  # queries whose hardest key is looked up
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -92,7 +94,7 @@ def attend_chunks(
             merge_(found.mixture, found.lse, mixture, lse)
         _probe_(found.hardest, queries[probe], part.keys, scale)
     if own_keys and sample_ids is not None:
-        _attend_other_samples(found, queries, sample_ids, _joined(own_keys), scale)
+        _attend_other_samples(found, queries, sample_ids, _joined(own_keys), scale, precision)
     return found
 
 
@@ -119,18 +121,23 @@ def attend(
     if precision is None:
         precision = torch.float16 if on_gpu and keys.dtype in _HALF else queries.dtype
     narrow, keys = queries.to(precision), keys.to(precision)
-    if on_gpu and precision not in _HALF:
+    if on_gpu and precision == torch.float64:
         mixture, lse = torch.empty_like(queries), torch.empty_like(queries[:, 0])
         for rows in row_blocks(queries, len(keys)):
             mixture[rows], lse[rows] = attend_except(queries[rows], None, keys, None, scale)
         return mixture, lse
     if on_gpu:
-        # the kernel wants widths that are multiples of 8
+        # the kernels want widths that are multiples of 8
         padding = -queries.shape[1] % 8
         q, k = (F.pad(rows, (0, padding))[None, None] for rows in (narrow, keys))
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, k, 0.0, False, False, scale=scale
-        )
+        if precision in _HALF:
+            output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+                q, k, k, 0.0, False, False, scale=scale
+            )
+        else:
+            output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+                q, k, k, None, True, 0.0, False, scale=scale
+            )
     else:
         q, k = narrow[None, None], keys[None, None]
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -187,18 +194,51 @@ def _probe_(hardest: Tensor, queries: Tensor, keys: Tensor, scale: float) -> Non
 
 
 def _attend_other_samples(
-    found: Attended, queries: Tensor, sample_ids: Tensor, own: KeyChunk, scale: float
+    found: Attended,
+    queries: Tensor,
+    sample_ids: Tensor,
+    own: KeyChunk,
+    scale: float,
+    precision: torch.dtype | None,
 ) -> None:
     """The few keys of the batch's own samples: each query takes those of the other samples."""
-    keys, key_ids = own.keys.to(queries.dtype), own.sample_ids
-    for rows in row_blocks(queries, len(keys)):
-        mixture, lse = attend_except(queries[rows], sample_ids[rows], keys, key_ids, scale)
-        merge_(found.mixture[rows], found.lse[rows], mixture, lse)
+    keys, key_ids = own
     assert key_ids is not None
+    if len(queries) * len(keys) <= _BLOCK.get(
+        queries.device.type, 0
+    ):  # written out, in fewer calls
+        wide = keys.to(queries.dtype)
+        merge_(found.mixture, found.lse, *attend_except(queries, sample_ids, wide, key_ids, scale))
+    else:
+        for parts in _apart(queries, sample_ids, keys, key_ids):
+            mixture, lse = attend(*parts, scale, precision)
+            merge_(found.mixture, found.lse, mixture[:, : queries.shape[1]], lse)
     probe = probed_rows(len(queries))
-    logits = queries[probe] @ keys.T * scale
+    logits = queries[probe] @ keys.to(queries.dtype).T * scale
     logits.masked_fill_(sample_ids[probe][:, None] == key_ids, NOTHING)
     torch.maximum(found.hardest, logits.amax(1), out=found.hardest)
+
+
+def _apart(
+    queries: Tensor, sample_ids: Tensor, keys: Tensor, key_ids: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Queries [N, D + n] and the keys [·, D + n] of n samples at a time, made longer by where their
+    sample stands among these: what is of one sample comes out so far apart that its share is
+    nothing."""
+    samples, place = torch.unique(key_ids, return_inverse=True)
+    query_place = torch.searchsorted(samples, sample_ids).clamp_max(len(samples) - 1)
+    query_place = torch.where(samples[query_place] == sample_ids, query_place, -1)
+    place, order = place.sort()
+    keys, columns = keys[order], torch.arange(_SAMPLES_A_CALL, device=keys.device)
+    firsts = torch.arange(0, len(samples), _SAMPLES_A_CALL, device=keys.device)
+    bounds = [*torch.searchsorted(place, firsts).tolist(), len(keys)]
+    for number, first in enumerate(range(0, len(samples), _SAMPLES_A_CALL)):
+        rows = slice(bounds[number], bounds[number + 1])
+        ours, theirs = (p[:, None] == first + columns for p in (query_place, place[rows]))
+        yield (
+            torch.cat([queries, ours.to(queries.dtype)], 1),
+            torch.cat([keys[rows], -_APART * theirs.to(keys.dtype)], 1),
+        )
 
 
 def _coalesced(parts: Iterable[KeyPart]) -> Iterator[KeyChunk | Attended]:
