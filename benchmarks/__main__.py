@@ -7,7 +7,7 @@ from pathlib import Path
 SCRIPTS = sorted(
     path.stem
     for path in Path(__file__).parent.glob("*.py")
-    if not path.stem.startswith("_") and path.stem not in ("gpu_check", "nodes")
+    if not path.stem.startswith(("_", "gpu_")) and path.stem != "nodes"
 )
 
 for script in SCRIPTS:
