@@ -1,4 +1,4 @@
-"""Keys of a pixel's own image are passed over, whether logits are written out or not."""
+"""Keys of a pixel's own image are passed over."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def unit(count: int) -> Tensor:
     return F.normalize(torch.randn(count, 32), dim=1)
 
 
-# few logits are written out; of many, 100 samples make four calls, the last of 4 samples
+# in one block of rows, and in several
 @pytest.mark.parametrize(("pixels", "keys", "samples"), [(50, 90, 20), (3000, 2000, 100)])
 @pytest.mark.parametrize("scale", [2.0, 20.0])
 def test_equal_to_masked_logits(pixels: int, keys: int, samples: int, scale: float) -> None:

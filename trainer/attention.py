@@ -17,8 +17,6 @@ from torch.nn import functional as F
 NOTHING = -1e30  # the log-sum-exp of no keys; finite, so that merging two of them gives no NaN
 _KEYS_A_CALL = 4096  # fewer keys a call cost up to four times as much each
 _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}  # logits held at a time where they are written out
-_SAMPLES_A_CALL = 32  # whose own keys are told from the others' by as many numbers more a key
-_APART = 128.0  # taken from the cosine of what is of one sample: e^-128 is left at T = 1
 _PROBED = 256  # queries whose hardest key is looked up
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -94,7 +92,7 @@ def attend_chunks(
             merge_(found.mixture, found.lse, mixture, lse)
         _probe_(found.hardest, queries[probe], part.keys, scale)
     if own_keys and sample_ids is not None:
-        _attend_other_samples(found, queries, sample_ids, _joined(own_keys), scale, precision)
+        _attend_other_samples(found, queries, sample_ids, _joined(own_keys), scale)
     return found
 
 
@@ -194,51 +192,18 @@ def _probe_(hardest: Tensor, queries: Tensor, keys: Tensor, scale: float) -> Non
 
 
 def _attend_other_samples(
-    found: Attended,
-    queries: Tensor,
-    sample_ids: Tensor,
-    own: KeyChunk,
-    scale: float,
-    precision: torch.dtype | None,
+    found: Attended, queries: Tensor, sample_ids: Tensor, own: KeyChunk, scale: float
 ) -> None:
     """The few keys of the batch's own samples: each query takes those of the other samples."""
-    keys, key_ids = own
+    keys, key_ids = own.keys.to(queries.dtype), own.sample_ids
+    for rows in row_blocks(queries, len(keys)):
+        mixture, lse = attend_except(queries[rows], sample_ids[rows], keys, key_ids, scale)
+        merge_(found.mixture[rows], found.lse[rows], mixture, lse)
     assert key_ids is not None
-    if len(queries) * len(keys) <= _BLOCK.get(
-        queries.device.type, 0
-    ):  # written out, in fewer calls
-        wide = keys.to(queries.dtype)
-        merge_(found.mixture, found.lse, *attend_except(queries, sample_ids, wide, key_ids, scale))
-    else:
-        for parts in _apart(queries, sample_ids, keys, key_ids):
-            mixture, lse = attend(*parts, scale, precision)
-            merge_(found.mixture, found.lse, mixture[:, : queries.shape[1]], lse)
     probe = probed_rows(len(queries))
-    logits = queries[probe] @ keys.to(queries.dtype).T * scale
+    logits = queries[probe] @ keys.T * scale
     logits.masked_fill_(sample_ids[probe][:, None] == key_ids, NOTHING)
     torch.maximum(found.hardest, logits.amax(1), out=found.hardest)
-
-
-def _apart(
-    queries: Tensor, sample_ids: Tensor, keys: Tensor, key_ids: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Queries [N, D + n] and the keys [·, D + n] of n samples at a time, made longer by where their
-    sample stands among these: what is of one sample comes out so far apart that its share is
-    nothing."""
-    samples, place = torch.unique(key_ids, return_inverse=True)
-    query_place = torch.searchsorted(samples, sample_ids).clamp_max(len(samples) - 1)
-    query_place = torch.where(samples[query_place] == sample_ids, query_place, -1)
-    place, order = place.sort()
-    keys, columns = keys[order], torch.arange(_SAMPLES_A_CALL, device=keys.device)
-    firsts = torch.arange(0, len(samples), _SAMPLES_A_CALL, device=keys.device)
-    bounds = [*torch.searchsorted(place, firsts).tolist(), len(keys)]
-    for number, first in enumerate(range(0, len(samples), _SAMPLES_A_CALL)):
-        rows = slice(bounds[number], bounds[number + 1])
-        ours, theirs = (p[:, None] == first + columns for p in (query_place, place[rows]))
-        yield (
-            torch.cat([queries, ours.to(queries.dtype)], 1),
-            torch.cat([keys[rows], -_APART * theirs.to(keys.dtype)], 1),
-        )
 
 
 def _coalesced(parts: Iterable[KeyPart]) -> Iterator[KeyChunk | Attended]:
