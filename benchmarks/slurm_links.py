@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,17 +97,6 @@ class Setting:
 # --- on every rank ---
 
 
-class Encoders(Protocol):
-    def around(self) -> AbstractContextManager[None]:
-        """A step."""
-
-    def forward(self, batch: Batch) -> tuple[PixelOutput, PixelOutput]:
-        """Both views' outputs, the query's with gradient."""
-
-    def learn(self, loss: Tensor) -> None:
-        """Backward, and the optimizer's step."""
-
-
 class RealEncoders:
     """The network, its momentum encoder, and the gradients' exchange unless that is left out."""
 
@@ -121,6 +110,7 @@ class RealEncoders:
         return self._engine.forward(batch.query_image), self._engine.embed_keys(batch.key_image)
 
     def learn(self, loss: Tensor) -> None:
+        """Backward, and a step of the optimizer."""
         self._engine.backward(loss)
         self._engine.gradient_is_finite()
         self._engine.step(0.0)  # so that all kinds see the same weights
@@ -149,6 +139,9 @@ class StandIn:
 
     def learn(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+Encoders = RealEncoders | StandIn
 
 
 def make_banks(setting: Setting, ranks: Ranks) -> dict[str, ShardedMemoryBank]:
@@ -342,6 +335,12 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{middle:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
 
 
+def with_error(values: Sequence[float]) -> str:
+    """Median, the mean's standard error, and the spread."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return spread(values, 1).replace(" ", f" ± {error:.1f} ", 1)
+
+
 def ratios(kinds: Figures, kind: str) -> list[float]:
     """Of each step's time to that of the step without a bank in the same round."""
     both = zip(kinds[kind]["seconds"], kinds["none"]["seconds"], strict=True)
@@ -363,7 +362,7 @@ def show_steps(part: Figures) -> None:
         row = kinds[kind]
         print(
             f"| {kind} | {spread(row['seconds'], 3)} | {spread(ratios(kinds, kind), 3)} "
-            f"| {spread(longer(kinds, kind), 1)} | {1000 * statistics.median(row['waited']):.1f} "
+            f"| {with_error(longer(kinds, kind))} | {1000 * statistics.median(row['waited']):.1f} "
             f"| {statistics.median(row['wire']) / 1e6:.3f} | {row['held'] / 1e6:.2f} |"
         )
 
@@ -371,16 +370,14 @@ def show_steps(part: Figures) -> None:
 def show_stand_ins(parts: dict[str, Figures]) -> None:
     """A column for each length of the sleep."""
     print("\n### A sleep in place of both encoders\n")
-    for title, what in (
-        (
-            "ms a step, median (spread)",
-            lambda kinds, kind: [1000 * s for s in kinds[kind]["seconds"]],
-        ),
-        ("ms longer than replicated, pairs", longer),
-    ):
+    for title in ("ms a step, median (spread)", "ms longer than replicated, pairs"):
         print(f"| {title} | {' | '.join(parts)} |\n|" + "---|" * (1 + len(parts)))
         for kind in KINDS:
-            cells = [spread(what(part["kinds"], kind), 1) for part in parts.values()]
+            all_kinds = [part["kinds"] for part in parts.values()]
+            if "longer" in title:
+                cells = [with_error(longer(kinds, kind)) for kinds in all_kinds]
+            else:
+                cells = [spread([1000 * s for s in k[kind]["seconds"]], 1) for k in all_kinds]
             print(f"| {kind} | {' | '.join(cells)} |")
         print()
 
