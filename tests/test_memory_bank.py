@@ -17,7 +17,7 @@ from tests.ranks import run_on_ranks
 from trainer.attention import attend_chunks, probed_rows
 from trainer.distributed import Ranks
 from trainer.loss import pixel_contrastive_loss
-from trainer.memory_bank import BankConfig, ShardedMemoryBank
+from trainer.memory_bank import BankConfig, ShardedMemoryBank, key_dtype
 
 CPU = torch.device("cpu")
 ONE_RANK = Ranks(0, 1, CPU)
@@ -409,5 +409,5 @@ def test_a_state_of_another_width_is_refused() -> None:
 def test_a_large_bank_on_a_gpu_is_kept_in_16_bits(
     device: str, capacity: int, dtype: torch.dtype
 ) -> None:
-    assert BankConfig(capacity).torch_dtype(torch.device(device)) == dtype
-    assert BankConfig(capacity, "float32").torch_dtype(torch.device(device)) == torch.float32
+    assert key_dtype(BankConfig(capacity), torch.device(device)) == dtype
+    assert key_dtype(BankConfig(capacity, "float32"), torch.device(device)) == torch.float32

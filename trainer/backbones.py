@@ -6,14 +6,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from trainer.timm_backbones import PREFIX, build_timm_backbone
-
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-BACKBONES = ("small", *RESNETS)
-STAGES = {
-    "small": ("stem", "layer1", "layer2", "layer3"),
-    **dict.fromkeys(RESNETS, ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")),
-}
+from trainer.settings import BACKBONES, RESNETS, TIMM
+from trainer.timm_backbones import build_timm_backbone
 
 
 def build_backbone(
@@ -29,8 +23,8 @@ def build_backbone(
         ValueError: an unknown name.
         InputError: timm is missing or has no such network with dense features.
     """
-    if name.startswith(PREFIX):
-        return build_timm_backbone(name.removeprefix(PREFIX), output_stride, timm_images)
+    if name.startswith(TIMM):
+        return build_timm_backbone(name.removeprefix(TIMM), output_stride, timm_images)
     if name == "small":
         return SmallBackbone(), SmallBackbone.channels
     if name not in RESNETS:

@@ -1,5 +1,6 @@
 """The configuration: frozen dataclasses that check themselves, merged by OmegaConf."""
 
+import argparse
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -11,11 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.errors import InputError
 from data_pipeline.views import ViewConfig
-from trainer.engine import PRECISIONS, EngineConfig
-from trainer.memory_bank import BankConfig
-from trainer.model import ModelConfig
-from trainer.objective import LossConfig
 from trainer.schedule import OptimConfig
+from trainer.settings import PRECISIONS, BankConfig, EngineConfig, LossConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -196,6 +194,13 @@ def load_config(
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes the resolved configuration as YAML, which starts the same run again."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which run is meant."""
+    parser.add_argument("--recipe", metavar="NAME", help="a recipe that comes with maskbank")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="a YAML file over the recipe")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="over both")
 
 
 def resume_difference(old: TrainConfig, new: TrainConfig) -> str:

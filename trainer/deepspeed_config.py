@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
-from trainer.engine import EngineConfig
 from trainer.schedule import OptimConfig
+from trainer.settings import EngineConfig
 
 AUTO = "auto"  # "take ours", as in Hugging Face's files
 _BUCKET = 50_000_000  # numbers that travel at a time

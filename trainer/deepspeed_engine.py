@@ -19,11 +19,12 @@ from torch._C._distributed_c10d import HashStore
 from data_pipeline.errors import InputError
 from trainer.deepspeed_config import deepspeed_settings, zero_stage
 from trainer.distributed import Ranks, all_gather_equal
-from trainer.engine import EngineConfig, StateTensor, autocast, network_state
+from trainer.engine import StateTensor, autocast, network_state
 from trainer.model import PixelEncoder, PixelOutput
 from trainer.momentum import update_momentum
 from trainer.optimizer import STATE_NAMES, build_optimizer, make_state
 from trainer.schedule import OptimConfig
+from trainer.settings import EngineConfig
 
 _STEPS_TO_DOUBLE = 2000  # the loss scale of fp16, as torch's GradScaler does
 

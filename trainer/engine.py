@@ -7,54 +7,21 @@ the ranks. Weights are float32 in either; autocast runs the networks in 16 bits.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data_pipeline.errors import InputError
 from trainer.compilation import compile_network
 from trainer.distributed import Ranks
 from trainer.model import PixelEncoder, PixelOutput
 from trainer.momentum import make_momentum_encoder, update_momentum
 from trainer.optimizer import build_optimizer, make_state
 from trainer.schedule import OptimConfig
+from trainer.settings import EngineConfig
 
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How weights, gradients and optimizer are spread over the ranks.
-
-    Attributes:
-        name: ddp, or deepspeed.
-        zero_stage: of DeepSpeed: 0 spreads nothing, 1 the optimizer, 2 gradients too, 3 weights
-            too; by default the file's, or 1.
-        offload_optimizer: of DeepSpeed: whether the optimizer lives in the host's memory.
-        deepspeed_config: JSON file of DeepSpeed's own settings, for what has no setting here.
-    """
-
-    name: str = "ddp"
-    zero_stage: int | None = None
-    offload_optimizer: bool = False
-    deepspeed_config: str = ""
-
-    def __post_init__(self) -> None:
-        if self.name not in ("ddp", "deepspeed"):
-            raise InputError(f"engine.name is {self.name!r}; it can be ddp or deepspeed")
-        if self.zero_stage not in (None, 0, 1, 2, 3):
-            raise InputError(f"engine.zero_stage is {self.zero_stage}; it can be 0, 1, 2 or 3")
-        of_deepspeed = {
-            "zero_stage": self.zero_stage is not None,
-            "offload_optimizer": self.offload_optimizer,
-            "deepspeed_config": bool(self.deepspeed_config),
-        }
-        if self.name == "ddp" and any(of_deepspeed.values()):
-            key = next(key for key, given in of_deepspeed.items() if given)
-            raise InputError(f"engine.{key} is DeepSpeed's; set engine.name=deepspeed too")
+_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StateTensor(NamedTuple):
@@ -112,7 +79,7 @@ class Engine(Protocol):
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
     """The precision that the networks run in; losses are computed outside of it."""
-    dtype = PRECISIONS[precision]
+    dtype = _DTYPES[precision]
     if dtype is None:
         return nullcontext()
     return torch.autocast(device.type, dtype)

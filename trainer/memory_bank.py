@@ -15,7 +15,6 @@ comes back.
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from data_pipeline.errors import InputError
 from trainer.attention import Attended, KeyChunk, KeyPart, attend_chunks, probed_rows
 from trainer.bank_exchange import BankExchange, Transfer
 from trainer.distributed import Ranks
+from trainer.settings import BankConfig
 
 log = logging.getLogger(__name__)
 _IN_FLIGHT = 2
@@ -31,42 +31,12 @@ _FEW_ENTRIES = 4096  # so many cost a GPU next to nothing in float32 too
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class BankConfig:
-    """The memory bank.
-
-    Attributes:
-        capacity: prototypes over all ranks; 0 trains against the batch alone.
-        dtype: of the keys, float32, float16, bfloat16, or auto: float16 for more than 4,096
-            entries on a GPU, whose flash kernels take 16 bits only, and float32 else.
-        mask_same_image: whether a pixel passes over entries of its own image.
-        move: bank (entries travel to the pixels), pixels (pixels travel to the entries), or auto,
-            which takes the fewer bytes.
-        chunk_size: entries of all ranks that travel and are attended to at a time.
-    """
-
-    capacity: int = 128
-    dtype: str = "auto"
-    mask_same_image: bool = False
-    move: str = "auto"
-    chunk_size: int = 1 << 16
-
-    def __post_init__(self) -> None:
-        if self.capacity < 0:
-            raise InputError(f"bank.capacity is {self.capacity}; it must not be negative")
-        if self.chunk_size < 1:
-            raise InputError(f"bank.chunk_size is {self.chunk_size}; it must be at least 1")
-        if self.dtype not in ("auto", *_DTYPES):
-            raise InputError(f"bank.dtype is {self.dtype!r}; it can be auto, {', '.join(_DTYPES)}")
-        if self.move not in ("auto", "bank", "pixels"):
-            raise InputError(f"bank.move is {self.move!r}; it can be auto, bank or pixels")
-
-    def torch_dtype(self, device: torch.device) -> torch.dtype:
-        """Of the keys on that device."""
-        if self.dtype != "auto":
-            return _DTYPES[self.dtype]
-        large = self.capacity > _FEW_ENTRIES
-        return torch.float16 if large and device.type == "cuda" else torch.float32
+def key_dtype(config: BankConfig, device: torch.device) -> torch.dtype:
+    """Of the keys on that device."""
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    large = config.capacity > _FEW_ENTRIES
+    return torch.float16 if large and device.type == "cuda" else torch.float32
 
 
 class ShardedMemoryBank:
@@ -89,7 +59,7 @@ class ShardedMemoryBank:
     def __init__(self, config: BankConfig, dim: int, ranks: Ranks) -> None:
         self.config, self.ranks, self.capacity = config, ranks, config.capacity
         self.slots = -(-config.capacity // ranks.world_size)
-        where, dtype = ranks.device, config.torch_dtype(ranks.device)
+        where, dtype = ranks.device, key_dtype(config, ranks.device)
         self.keys = torch.zeros((self.slots, dim), dtype=dtype, device=where)
         self.sample_ids = torch.full((self.slots,), -1, device=where)
         self.next_sequence, self.updates, self.bytes_received = 0, 0, 0

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from data_pipeline.files import atomic_write
 from trainer.distributed import Ranks, all_reduce_sum
-from trainer.objective import LossConfig, Losses
+from trainer.objective import Losses
+from trainer.settings import LossConfig
 
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is a file

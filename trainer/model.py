@@ -1,7 +1,6 @@
 """The pixel encoder: backbone, DeepLabV3 head, and 1×1 heads for embedding and saliency."""
 
 import difflib
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,88 +10,8 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from data_pipeline.errors import InputError
 from trainer.activation_checkpointing import checkpoint_blocks, find_blocks
-from trainer.backbones import BACKBONES, STAGES, build_backbone
-from trainer.timm_backbones import PREFIX as TIMM
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network and where it starts.
-
-    Attributes:
-        backbone: small, resnet18, resnet34, resnet50, resnet101, or timm/NAME for a network of
-            timm, as timm/vit_small_patch16_224 or timm/convnext_tiny (`timm_backbones.py`).
-        output_stride: pixels a feature, 8 or 16; `small` always has 4.
-        embedding_dim: D of the pixel embeddings.
-        decoder_channels: width of the DeepLabV3 head.
-        atrous_rates: of the head's pyramid, in features; DeepLabV3 has half of these at stride 16.
-        dropout: of the head's pyramid.
-        start: random, imagenet (torchvision's or timm's weights), or a file: MoCo v2,
-            safetensors or a state dict. Images reach timm's networks normalised as timm says for
-            its weights, where these are named: start=imagenet, or a name with a tag (after the
-            dot); else with ImageNet's mean and deviation, as of DINO, DINOv2, MAE and MoCo v3.
-        freeze: stages of the backbone without gradient, their batch norms in eval mode. Of timm's
-            networks any part, as patch_embed, pos_embed, blocks.0, stem_0 or stages_0.
-        batch_norm: plain (each rank its own statistics), sync (over all ranks), shuffle (plain,
-            with the key images shuffled over the ranks: MoCo), frozen (running statistics).
-        momentum: m of the momentum encoder.
-        checkpoint_activations: compute the activations of the backbone's blocks again in the
-            backward pass instead of keeping them; the same result in less memory.
-        compile: run the blocks through torch.compile; rounding may differ.
-    """
-
-    backbone: str = "resnet50"
-    output_stride: int = 8
-    embedding_dim: int = 32
-    decoder_channels: int = 256
-    atrous_rates: tuple[int, int, int] = (12, 24, 36)
-    dropout: float = 0.5
-    start: str = "random"
-    freeze: tuple[str, ...] = ()
-    batch_norm: str = "plain"
-    momentum: float = 0.999
-    checkpoint_activations: bool = False
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES and not self.backbone.startswith(TIMM):
-            raise InputError(
-                f"model.backbone is {self.backbone!r}; it can be {', '.join(BACKBONES)}, or "
-                f"{TIMM}NAME for a network of timm, as {TIMM}vit_small_patch16_224"
-            )
-        self._check_stride()
-        # what a network of timm has is known when it is built
-        stages = STAGES.get(self.backbone, self.freeze)
-        unknown = [stage for stage in self.freeze if stage not in stages]
-        if unknown:
-            raise InputError(
-                f"model.freeze names {unknown[0]!r}; {self.backbone} has the stages "
-                f"{', '.join(stages)}"
-            )
-        if self.batch_norm not in ("plain", "sync", "shuffle", "frozen"):
-            raise InputError(
-                f"model.batch_norm is {self.batch_norm!r}; it can be plain, sync, shuffle or frozen"
-            )
-        if self.embedding_dim < 1 or self.decoder_channels < 1:
-            raise InputError("model.embedding_dim and model.decoder_channels must be at least 1")
-        if not 0 <= self.dropout < 1 or not 0 <= self.momentum <= 1:
-            raise InputError("model.dropout must be in 0…1 (1 excluded), model.momentum in 0…1")
-
-    def _check_stride(self) -> None:
-        if self.backbone == "small":
-            if self.output_stride not in (4, 8):  # 8 is what nobody has set
-                raise InputError(
-                    f"model.output_stride is {self.output_stride}, but small always has 4; leave "
-                    "it away, or take another model.backbone"
-                )
-        elif self.output_stride not in (8, 16):
-            raise InputError(f"model.output_stride is {self.output_stride}; it can be 8 or 16")
-
-    @property
-    def timm_images(self) -> bool:
-        """Whether images are normalised as timm says for the weights that are named."""
-        tagged = self.backbone.startswith(TIMM) and "." in self.backbone
-        return tagged or self.start == "imagenet"
+from trainer.backbones import build_backbone
+from trainer.settings import ModelConfig
 
 
 class PixelOutput(NamedTuple):

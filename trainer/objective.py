@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.batch import Batch
-from data_pipeline.errors import InputError
 from data_pipeline.order import generator
 from trainer.attention import KeyChunk
 from trainer.distributed import Ranks, all_gather_rows, gather_integers
@@ -23,38 +22,9 @@ from trainer.loss import class_weights, contrast_pixels, saliency_counts, salien
 from trainer.memory_bank import ShardedMemoryBank
 from trainer.model import PixelOutput, upsample
 from trainer.proposals import QueryPixels, mask_prototypes, matched_proposals, query_pixels
+from trainer.settings import LossConfig
 
 _OFFSETS = 16  # stream of the generator, apart from the pipeline's
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The objective.
-
-    Attributes:
-        temperature: T of the softmax over prototypes.
-        balance_classes: weigh pixels by 1/ln(1.02 + share of their prototype).
-        saliency_weight: of loss 2 in the sum.
-        min_proposal_share: least share of a view's pixels for a proposal to count.
-        pixels_per_mask: most query pixels of a proposal, evenly spread, their weights unbiased; 0
-            takes all.
-    """
-
-    temperature: float = 0.5
-    balance_classes: bool = True
-    saliency_weight: float = 1.0
-    min_proposal_share: float = 0.0025
-    pixels_per_mask: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise InputError(f"loss.temperature is {self.temperature}; it must be above 0")
-        if self.saliency_weight < 0 or not 0 <= self.min_proposal_share < 1:
-            raise InputError("loss.saliency_weight must be ≥ 0, loss.min_proposal_share in 0…1")
-        if self.pixels_per_mask < 0:
-            raise InputError(
-                f"loss.pixels_per_mask is {self.pixels_per_mask}; it must not be negative"
-            )
 
 
 @dataclass(frozen=True)

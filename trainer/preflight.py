@@ -1,13 +1,11 @@
 """Everything that can be known to be wrong before a rank starts to train.
 
 `python -m trainer.preflight --world-size N …` takes the arguments of `trainer.train` and exits 2
-with one paragraph; `maskbank train` runs it first, and every rank checks again. With `--folders`
-it only says, for batch scripts, where the run and its shards are.
+with one paragraph; `maskbank train` runs it first, and every rank checks again.
 """
 
 import argparse
 import hashlib
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ import torch
 from data_pipeline.errors import InputError
 from data_pipeline.manifest import Manifest, missing_shards, read_manifest, require_component
 from trainer.checkpoint import complete_checkpoints
-from trainer.config import TrainConfig, load_config, resume_difference
+from trainer.config import TrainConfig, add_arguments, load_config, resume_difference
 from trainer.encoder import initial_network, read_run_config
 
 
@@ -152,27 +150,14 @@ def _check_batch(config: TrainConfig, world_size: int) -> None:
         )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which run is meant."""
-    parser.add_argument("--recipe", metavar="NAME", help="a recipe that comes with maskbank")
-    parser.add_argument("--config", metavar="FILE", type=Path, help="a YAML file over the recipe")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="over both")
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="maskbank train", description=__doc__)
     parser.add_argument("--world-size", type=int, default=1)
-    parser.add_argument(
-        "--folders", action="store_true", help="only say where the run and its shards are, as JSON"
-    )
     add_arguments(parser)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = load_config(options.recipe, options.config, options.settings)
-        if options.folders:
-            print(json.dumps({"run": config.run.directory, "shards": config.data.shards}))
-            return
         plan = plan_run(config, options.world_size)
         if not plan.begun:
             initial_network(config)

@@ -13,9 +13,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from data_pipeline.errors import InputError
+from trainer.settings import TIMM
 from trainer.specialise import specialise
 
-PREFIX = "timm/"  # of model.backbone
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _WORKING = (
     "what works: plain ViTs (vit_*, deit_*, deit3_*, eva02_*; DINO, DINOv2, DINOv3, MAE, CLIP, "
@@ -78,13 +78,13 @@ def known_name(name: str) -> str:
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
         raise InputError(
             f"timm {timm.__version__} knows no weights {tag!r} of {architecture}, as "
-            f"model.backbone={PREFIX}{name} asks for; there are "
+            f"model.backbone={TIMM}{name} asks for; there are "
             f"{', '.join(tags) or 'none: leave the part after the dot away'}"
         )
     known = timm.list_models() + timm.list_pretrained()
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     raise InputError(
-        f"timm {timm.__version__} has no model {name!r}, which model.backbone={PREFIX}{name} "
+        f"timm {timm.__version__} has no model {name!r}, which model.backbone={TIMM}{name} "
         "asks for; " + (f"did you mean {', '.join(near)}?" if near else "see timm.list_models()")
     )
 
@@ -98,9 +98,7 @@ def import_timm() -> Any:
     try:
         import timm
     except ImportError as error:
-        raise InputError(
-            f"model.backbone={PREFIX}… needs timm ({error}): pip install timm"
-        ) from None
+        raise InputError(f"model.backbone={TIMM}… needs timm ({error}): pip install timm") from None
     return timm
 
 
@@ -172,7 +170,7 @@ def _vision_transformer(name: str, output_stride: int, pretrained: bool) -> Any:
 def _dilated(name: str, output_stride: int, pretrained: bool) -> Any:
     """A network of stages, whose last one has the stride."""
     timm = import_timm()
-    what = f"model.backbone={PREFIX}{name}"
+    what = f"model.backbone={TIMM}{name}"
     try:
         network = timm.create_model(
             name,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from trainer.timm_backbones import PREFIX, build_timm_backbone, import_timm
+from trainer.settings import TIMM
+from trainer.timm_backbones import build_timm_backbone, import_timm
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def timm_state(
         converted = _as_timm(name, state)
     except Exception as error:  # made for timm's own files: raises anything on others
         raise InputError(
-            f"{origin} does not fit {PREFIX}{name} ({_first_line(error)}); set model.backbone to "
+            f"{origin} does not fit {TIMM}{name} ({_first_line(error)}); set model.backbone to "
             "the network whose weights it has"
         ) from None
     before, after = state.get("pos_embed"), converted.get("pos_embed")
@@ -114,7 +115,7 @@ def _check_patches(
     if here is None or there is None or there.ndim != 4 or here.shape[2:] == there.shape[2:]:
         return
     raise InputError(
-        f"{origin} has patches of {there.shape[2]}×{there.shape[3]} pixels, {PREFIX}{name} of "
+        f"{origin} has patches of {there.shape[2]}×{there.shape[3]} pixels, {TIMM}{name} of "
         f"{here.shape[2]}×{here.shape[3]}; set model.backbone to the network whose weights it has"
     )
 

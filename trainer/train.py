@@ -17,7 +17,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
 from data_pipeline.loader import BatchStream
 from trainer.checkpoint_writer import OtherRankFailed
-from trainer.config import TrainConfig, load_config
+from trainer.config import TrainConfig, add_arguments, load_config
 from trainer.distributed import (
     Ranks,
     barrier,
@@ -28,7 +28,7 @@ from trainer.distributed import (
 )
 from trainer.objective import contrast_views
 from trainer.preemption import StopRequest
-from trainer.preflight import Plan, add_arguments, plan_run
+from trainer.preflight import Plan, plan_run
 from trainer.restarts import NoRestartHelps, end_launcher
 from trainer.resume import find_checkpoint, prepare_run
 from trainer.run_lock import alone_in

@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
-from trainer.backbones import RESNETS
 from trainer.model import PixelEncoder
-from trainer.timm_backbones import PREFIX
+from trainer.settings import RESNETS, TIMM
 from trainer.timm_weights import pretrained_state, timm_state
 
 log = logging.getLogger(__name__)
@@ -59,8 +58,8 @@ def load_start(encoder: PixelEncoder, start: str) -> LoadReport | None:
     if start == "random":
         return None
     config = encoder.config
-    if config.backbone.startswith(PREFIX):
-        name = config.backbone.removeprefix(PREFIX)
+    if config.backbone.startswith(TIMM):
+        name = config.backbone.removeprefix(TIMM)
         if start == "imagenet":
             state = pretrained_state(name, config.output_stride)
         else:

@@ -62,7 +62,7 @@ conclude() {
 }
 
 read_folders() {
-    folders=$("${PYTHON[@]}" -m trainer.preflight --folders "$@") || exit
+    folders=$("${PYTHON[@]}" -m trainer.folders "$@") || exit
     read_json='import json, sys; print(json.loads(sys.argv[1])[sys.argv[2]])'
     run_folder=$("${PYTHON[@]}" -c "$read_json" "$folders" run)
     shards=$("${PYTHON[@]}" -c "$read_json" "$folders" shards)
