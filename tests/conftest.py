@@ -10,9 +10,9 @@ torch.set_num_threads(1)  # several processes run at a time, and would wait for 
 # started in the background a shell lets it be ignored, and so do all processes that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Longest first, so that with `-n 2 --dist loadfile` the two processes end at about the same time.
+# Longest first, so that with `--dist loadfile` the processes end at about the same time.
 LONGEST = (
-    *("test_pipeline", "test_faults", "test_cli", "test_failures", "test_train"),
+    *("test_failures", "test_pipeline", "test_faults", "test_cli", "test_train"),
     *("test_doctor_ranks", "test_engines", "test_memory_bank", "test_elastic"),
     *("test_activation_checkpointing", "test_masks_make", "test_backbones"),
 )

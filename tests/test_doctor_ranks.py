@@ -298,7 +298,7 @@ def signal_rank_1(environment: dict[str, str], module: str, number: signal.Signa
     [
         ("launch.doctor_ranks work", signal.SIGKILL, 90, "killed by SIGKILL"),
         ("launch.doctor_join", signal.SIGKILL, 90, "killed by SIGKILL"),
-        ("launch.doctor_ranks work", signal.SIGSTOP, 30, "within"),
+        ("launch.doctor_ranks work", signal.SIGSTOP, 45, "within"),
     ],
 )
 def test_a_rank_that_dies_or_hangs_is_named(

@@ -114,17 +114,17 @@ def test_nodes_fail_and_spare_ones_take_over(
 
 
 def test_requeued_and_cancelled_at_random(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
-    """Four runs, five times each: requeued, or cancelled and submitted again."""
+    """Twenty times, over four runs: requeued, or cancelled and submitted again."""
     steps, draw = 60, random.Random(0)
-    names = [f"run{number}" for number in range(4)]
+    ranks = {"run0": 2, "run1": 2, "run2": 1, "run3": 1}
+    left = {"run0": 4, "run1": 4, "run2": 6, "run3": 6}
 
     def start(name: str) -> str:
-        job = train_job(settings(shards, tmp_path / name, steps), 1, 2)
+        job = train_job(settings(shards, tmp_path / name, steps), 1, ranks[name])
         return submit_paced(cluster, job, tmp_path / f"{name}.log", 2.5)
 
-    jobs = {name: start(name) for name in names}
-    left = dict.fromkeys(names, 5)
-    due = {name: time.monotonic() + draw.uniform(3, 25) for name in names}
+    jobs = {name: start(name) for name in ranks}
+    due = {name: time.monotonic() + draw.uniform(2, 18) for name in ranks}
     while any(left.values()):
         time.sleep(0.2)
         for name, number in jobs.items():
@@ -132,27 +132,25 @@ def test_requeued_and_cancelled_at_random(cluster: Cluster, shards: Path, tmp_pa
             if not left[name] or time.monotonic() < due[name]:
                 continue
             state = cluster.state(number)
-            assert state != "COMPLETED", "it is to be struck five times"
+            assert state != "COMPLETED", "it is to be struck more often"
             if state != "RUNNING":
                 continue
             if draw.random() < 0.6:
                 cluster.call("scontrol", "requeue", number)
             else:
                 cluster.call("scancel", number)
-                jobs_before = number
-                cluster.until(
-                    lambda n=jobs_before: cluster.state(n) == "CANCELLED", "the end", [number]
-                )
+                cancelled = lambda n=number: cluster.state(n) == "CANCELLED"  # noqa: E731
+                cluster.until(cancelled, "the end", [number])
                 jobs[name] = start(name)
             left[name] -= 1
-            due[name] = time.monotonic() + draw.uniform(3, 25)
-    for name in names:
+            due[name] = time.monotonic() + draw.uniform(2, 18)
+    for name in ranks:
         hasten(tmp_path / f"{name}.log")
     assert cluster.wait(list(jobs.values()), seconds=400) == ["COMPLETED"] * 4
-    train_here(settings(shards, tmp_path / "here", steps), ranks=2)
-    for name in names:
-        assert_same(tmp_path / name, tmp_path / "here", steps)
-        damaged = list((tmp_path / name / "checkpoints").glob("*.damaged"))
-        assert not damaged
+    for number in (1, 2):
+        train_here(settings(shards, tmp_path / f"here{number}", steps), ranks=number)
+    for name, number in ranks.items():
+        assert_same(tmp_path / name, tmp_path / f"here{number}", steps)
+        assert not list((tmp_path / name / "checkpoints").glob("*.damaged"))
         assert all(not one.problem() for one in complete_checkpoints(tmp_path / name))
     assert not cluster.processes(str(tmp_path))
