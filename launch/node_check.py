@@ -42,6 +42,8 @@ class Choice:
 def shards_finding(shards: str) -> Finding:
     """Whether this node reads the manifest, and some shards of the size that it says."""
     check = "shards"
+    if not shards:
+        return ok(check, "none are named; training will say so")
     if "://" in shards:
         return ok(check, f"{shards} is an address; it is read through a cache")
     folder, remedy = Path(shards), "is its file system mounted on this node?"

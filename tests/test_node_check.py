@@ -77,6 +77,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shards_are_looked_at(shards: Path, tmp_path: Path) -> None:
     assert shards_finding(str(shards)).result == "3 shards"
     assert shards_finding("s3://bucket/x").state == "ok"
+    assert shards_finding("").state == "ok"
     gone = shards_finding(str(tmp_path / "none"))
     assert gone.state == "failed"
     assert f"{tmp_path}/none/manifest.json cannot be read (No such file" in gone.result

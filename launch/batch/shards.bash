@@ -1,6 +1,9 @@
 set -uo pipefail
 export PYTHONUNBUFFERED=1
 warned=0 told=0 child=
+# of an array this task alone: the number of one of its tasks means all of them
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 # what is finished stays: near the time limit the task is requeued and goes on with the rest
 trap 'warned=1; [[ -z $child ]] || kill -TERM "$child"' USR1
 trap 'told=1' TERM
@@ -16,10 +19,10 @@ while wait "$child"; status=$?; kill -0 "$child" 2>/dev/null; do :; done
     exit 1
 }
 for _ in {1..20}; do
-    if job=$(timeout 30 scontrol --oneliner show job "$SLURM_JOB_ID"); then
+    if known=$(timeout 30 scontrol --oneliner show job "$job"); then
         # on a node that was cut off the task may long since run elsewhere
-        [[ $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] || exit 0
-        timeout 30 scontrol requeue "$SLURM_JOB_ID" && sleep 300 && exit
+        [[ $known == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] || exit 0
+        timeout 30 scontrol requeue "$job" && sleep 300 && exit
     fi
     sleep 5
 done

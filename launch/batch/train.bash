@@ -1,6 +1,9 @@
 set -uo pipefail
 restarts=${SLURM_RESTART_COUNT:-0}
 attempt=$SLURM_JOB_ID.$restarts
+# of an array this task alone: the number of one of its tasks means all of them
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 warned=0 told=0 too_late=0 child= timer=
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-RANKS_PER_NODE} / RANKS_PER_NODE))}
 [[ $OMP_NUM_THREADS -gt 0 ]] || OMP_NUM_THREADS=1
@@ -12,7 +15,11 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} PYTHONUNBUFFERED=1
 warn() {
     warned=1
     [[ -z $child ]] || kill -USR1 "$child" 2>/dev/null
-    (sleep "$((SIGNAL_SECONDS > 40 ? SIGNAL_SECONDS - 30 : SIGNAL_SECONDS / 2))"; kill -USR2 $$) &
+    (
+        trap 'kill "$pause"' TERM
+        sleep "$((SIGNAL_SECONDS > 40 ? SIGNAL_SECONDS - 30 : SIGNAL_SECONDS / 2))" & pause=$!
+        wait "$pause" && kill -USR2 $$
+    ) &
     timer=$!
 }
 trap warn USR1
@@ -43,9 +50,9 @@ fail() {
 # Ends this script too. On a node that was cut off the job may long since run elsewhere.
 requeue() {
     for _ in {1..20}; do
-        if job=$(timeout 30 scontrol --oneliner show job "$SLURM_JOB_ID"); then
-            [[ $job == *" Restarts=$restarts "* ]] || fail "the job has been started elsewhere" 0
-            timeout 30 scontrol requeue "$SLURM_JOB_ID" && sleep 300 && exit
+        if known=$(timeout 30 scontrol --oneliner show job "$job"); then
+            [[ $known == *" Restarts=$restarts "* ]] || fail "the job has been started elsewhere" 0
+            timeout 30 scontrol requeue "$job" && sleep 300 && exit
         fi
         sleep 5
     done
@@ -56,7 +63,7 @@ requeue() {
 conclude() {
     "${PYTHON[@]}" -m launch.attempt end "$run_folder" --attempt "$attempt" --status "$status" \
         --warned "$warned" --told "$told" --max-crashes "$MAX_CRASHES" \
-        --job "$(timeout 30 scontrol --oneliner show job "$SLURM_JOB_ID")"
+        --job "$(timeout 30 scontrol --oneliner show job "$job")"
     status=$?
     [[ $status -ne 75 ]] || requeue
 }
@@ -72,7 +79,7 @@ read_folders "$@"
 nodes=$SLURM_JOB_NODELIST num_nodes=$((SLURM_JOB_NUM_NODES - SPARE_NODES))
 [[ $num_nodes -gt 0 ]] || fail "SPARE_NODES $SPARE_NODES leaves none of $SLURM_JOB_NUM_NODES nodes"
 "${PYTHON[@]}" -m launch.attempt begin "$run_folder" --attempt "$attempt" --nodes "$nodes" \
-    --max-restarts "$MAX_RESTARTS" --job "$(scontrol --oneliner show job "$SLURM_JOB_ID")" || exit
+    --max-restarts "$MAX_RESTARTS" --job "$(scontrol --oneliner show job "$job")" || exit
 record=$run_folder/slurm/$attempt
 cp "$0" "$record/script.sbatch"
 
@@ -82,14 +89,15 @@ if [[ $CHECK_SECONDS -gt 0 ]]; then
         look --record "$record" --shards "$shards" --device "$DEVICE" \
         --ranks-per-node "$RANKS_PER_NODE" --seconds "$CHECK_SECONDS"
     nodes=$("${PYTHON[@]}" -m launch.node_check choose --record "$record" --num-nodes "$num_nodes" \
-        --names "$(scontrol show hostnames "$nodes")") || exit
+        --names "$(scontrol show hostnames "$nodes")") || [[ $warned -eq 1 ]] || exit
 fi
 
 if [[ -n $STAGE_FOLDER ]]; then
     stage=$STAGE_FOLDER/maskbank-$SLURM_JOB_ID
     run srun --nodes="$num_nodes" --ntasks="$num_nodes" --nodelist="$nodes" --kill-on-bad-exit=1 \
         "${PYTHON[@]}" -m data_pipeline.stage "$shards" "$stage"
-    [[ $status -eq 0 || $told -eq 1 ]] || fail "the shards could not be copied to $stage on every node" "$status"
+    [[ $status -eq 0 || $told -eq 1 || $warned -eq 1 ]] ||
+        fail "the shards could not be copied to $stage on every node" "$status"
     set -- "$@" "data.shards=$stage"
 fi
 

@@ -15,9 +15,11 @@ from tests.slurm_cluster.runs import (
     SMALL,
     assert_same,
     ends,
+    hasten,
     last_line,
     settings,
     state,
+    submit_paced,
     train_here,
     train_job,
 )
@@ -216,9 +218,22 @@ def test_a_sick_node_is_left_out(cluster: Cluster, shards: Path, tmp_path: Path)
 
 
 def test_seeds_are_an_array(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
-    job = train_job(settings(shards, tmp_path / "runs", 4), 1, 1, seeds=2)
-    number = cluster.submit(render(job), f"--output={tmp_path}/%a.log")
-    cluster.until(lambda: cluster.state(number).split() == ["COMPLETED"] * 2, "both", [number])
-    first, second = (state(tmp_path / f"runs/seed-{seed}", 4) for seed in (0, 1))
+    """Each task requeues itself alone, also the one whose number is that of the whole array."""
+    job = train_job(settings(shards, tmp_path / "runs", 8), 1, 1, seeds=2)
+    number = submit_paced(cluster, job, tmp_path / "log", 2.0)
+    tasks = [f"{number}_{seed}" for seed in (0, 1)]
+    cluster.until(lambda: started(tmp_path), "both", tasks)
+    (whole,) = [task for task in tasks if cluster.show(task, "JobId") == number]
+    cluster.call("scancel", "--batch", "--signal=USR1", whole)  # as SLURM does near the limit
+    cluster.until(lambda: cluster.restarts(whole) == 1, "its requeue", tasks)
+    hasten(tmp_path / "log")
+    assert cluster.wait(tasks) == ["COMPLETED"] * 2
+    assert sorted(cluster.restarts(task) for task in tasks) == [0, 1]
+    first, second = (state(tmp_path / f"runs/seed-{seed}", 8) for seed in (0, 1))
     name = next(name for name in first if name.startswith("model.") and first[name].dim() == 4)
     assert not first[name].equal(second[name])
+
+
+def started(folder: Path) -> bool:
+    """Whether both trainings of the array have begun."""
+    return all((folder / f"runs/seed-{seed}/OWNER").exists() for seed in (0, 1))
