@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(BIN)/maskbank demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: lint
 	$(BIN)/python -m pytest -q -m "not slow" -n 2

@@ -17,6 +17,7 @@ from data_pipeline.build_config import BuildConfig
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.write_shards import build_shards
 from tests.forked import Program, run_program
+from tests.run_state import run_state
 from trainer import load_encoder
 from trainer.checkpoint import complete_checkpoints, newest_checkpoint
 from trainer.metrics import read_metrics
@@ -71,18 +72,7 @@ def finish_in_full(arguments: list[str]) -> None:
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint, by a name of its own."""
-    checkpoint = newest_checkpoint(run)
-    assert checkpoint is not None
-    assert checkpoint.step == STEPS
-    found = {}
-    for part in ("model", "momentum", "optimizer"):
-        found |= {f"{part}.{name}": value for name, value in checkpoint.load(part).items()}
-    parts = list(checkpoint.bank_parts())
-    order = torch.cat([part["sequence"] for part in parts]).argsort()
-    for name in parts[0]:
-        found[f"bank.{name}"] = torch.cat([part[name] for part in parts])[order]
-    return found
+    return run_state(run, STEPS)
 
 
 def assert_same_run(a: Path, b: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from launch.attempt import read_attempts
 from launch.sbatch import Job, Resources, Surroundings, render
+from tests.run_state import run_state
 from tests.slurm_cluster.cluster import Cluster
-from trainer.checkpoint import complete_checkpoints, newest_checkpoint
+from trainer.checkpoint import complete_checkpoints
 from trainer.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -63,24 +64,9 @@ def train_here(arguments: tuple[str, ...], ranks: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint, by a name of its own."""
-    checkpoint = newest_checkpoint(run)
-    assert checkpoint is not None, f"{run} has no checkpoint"
-    assert checkpoint.step == step
-    found = {}
-    for part in ("model", "momentum", "optimizer"):
-        found |= {f"{part}.{name}": value for name, value in checkpoint.load(part).items()}
-    parts = list(checkpoint.bank_parts())
-    order = torch.cat([part["sequence"] for part in parts]).argsort()
-    for name in parts[0]:
-        found[f"bank.{name}"] = torch.cat([part[name] for part in parts])[order]
-    return found
-
-
 def assert_same(run: Path, other: Path, step: int) -> None:
     """Both ended at `step` with the same bits, and logged the same losses on the way."""
-    ours, theirs = state(run, step), state(other, step)
+    ours, theirs = run_state(run, step), run_state(other, step)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.sbatch import Job, Resources, Surroundings, render
+from tests.run_state import run_state
 from tests.slurm_cluster.cluster import Cluster
 from tests.slurm_cluster.runs import (
     ROOT,
@@ -18,7 +19,6 @@ from tests.slurm_cluster.runs import (
     hasten,
     last_line,
     settings,
-    state,
     submit_paced,
     train_here,
     train_job,
@@ -183,7 +183,7 @@ def test_strange_names_reach_the_job_unharmed(
     assert cluster.call("squeue", "-h", "-t", "all", "-j", number, "-o", "%k") == (
         job.resources.comment
     )
-    assert len(state(run, 4)) > 10
+    assert len(run_state(run, 4)) > 10
     (log,) = Path(job.logs).iterdir()
     assert log.name == f"maskbank-train-{number}.log"
     assert not list(tmp_path.rglob("pwned"))
@@ -213,7 +213,7 @@ def test_a_sick_node_is_left_out(cluster: Cluster, shards: Path, tmp_path: Path)
         assert f"maskbank: node1 is left out: shards: {shards}/manifest.json cannot be read" in log
     assert "training on node2,node3, 1 ranks each" in logs[0]
     assert not (tmp_path / "run/logs/node1.log").exists()
-    assert len(state(tmp_path / "run", 4)) > 10
+    assert len(run_state(tmp_path / "run", 4)) > 10
     assert "0 of 1 nodes are well, 1 are needed (node1: shards" in last_line(tmp_path / "none.log")
 
 
@@ -229,7 +229,7 @@ def test_seeds_are_an_array(cluster: Cluster, shards: Path, tmp_path: Path) -> N
     hasten(tmp_path / "log")
     assert cluster.wait(tasks) == ["COMPLETED"] * 2
     assert sorted(cluster.restarts(task) for task in tasks) == [0, 1]
-    first, second = (state(tmp_path / f"runs/seed-{seed}", 8) for seed in (0, 1))
+    first, second = (run_state(tmp_path / f"runs/seed-{seed}", 8) for seed in (0, 1))
     name = next(name for name in first if name.startswith("model.") and first[name].dim() == 4)
     assert not first[name].equal(second[name])
 
