@@ -3,7 +3,7 @@ export PYTHONUNBUFFERED=1
 warned=0 told=0 child=
 # of an array this task alone: the number of one of its tasks means all of them
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
+job=${job:-${SLURM_JOB_ID:-}}
 # what is finished stays: near the time limit the task is requeued and goes on with the rest
 trap 'warned=1; [[ -z $child ]] || kill -TERM "$child"' USR1
 trap 'told=1' TERM
