@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.slurm_client import own_job, read_incarnation
+from launch.slurm_client import own_job, read_restarts
 
 ATTEMPTS = "attempts.jsonl"
 FOLDER = "slurm"  # in the run directory
@@ -252,7 +252,7 @@ def is_superseded(attempt: str, job: str) -> bool:
         job: what `scontrol --oneliner show job` says of it; empty if it says nothing.
     """
     restarts = attempt.partition(".")[2]
-    return bool(job) and restarts.isdigit() and read_incarnation(job).restarts != int(restarts)
+    return bool(job) and restarts.isdigit() and read_restarts(job) != int(restarts)
 
 
 def _read_endings(folder: Path) -> dict[str, dict[str, Any]]:

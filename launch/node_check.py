@@ -126,11 +126,7 @@ def look(options: argparse.Namespace) -> int:
         report = join(place, rank, look_around)
     if report is not None:
         rows = [one.as_json() for one in rank_findings(report, read_interfaces(), os.environ)]
-        hosts = {
-            str(rank): str((found.get("arrived") or {}).get("host", ""))
-            for rank, found in report.get("ranks", {}).items()
-        }
-        write_json(options.record / REPORT, {"findings": rows, "hosts": hosts})
+        write_json(options.record / REPORT, rows)
     return 0
 
 
@@ -192,7 +188,6 @@ def read_findings(file: Path) -> list[Finding] | None:
     """From a file of the record; None where it is missing or torn."""
     try:
         rows: Any = json.loads(file.read_text())
-        rows = rows["findings"] if isinstance(rows, dict) else rows
         return [Finding(**row) for row in rows]
     except (OSError, ValueError, TypeError, KeyError):
         return None

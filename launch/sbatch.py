@@ -142,8 +142,8 @@ class Job:
             raise ValueError(f"--array {self.array!r} is no range of tasks; write 0-7 or 0-7%2")
         if any("\0" in word for word in self.arguments):
             raise ValueError("an argument holds a NUL character; no program can be given that")
-        if self.seeds and not any(word.startswith(_RUN) for word in self.arguments):
-            raise ValueError(f"--seeds needs {_RUN}FOLDER: each seed gets a folder in it")
+        if self.seeds and not any(word.startswith(RUN_DIRECTORY) for word in self.arguments):
+            raise ValueError(f"--seeds needs {RUN_DIRECTORY}FOLDER: each seed gets a folder in it")
         if "%" in self.logs or "\\" in self.logs:
             raise ValueError(f"--logs {self.logs!r}: SLURM gives % and \\ in it a meaning")
 
@@ -166,7 +166,7 @@ STANDALONE: Mapping[Kind, Job] = {
     "evaluate": Job("evaluate", resources=_GPU_NODE, ranks_per_node=8),
     "shards": Job("shards", resources=_CPU_NODE, array="0-3"),
 }
-_RUN = "run.directory="
+RUN_DIRECTORY = "run.directory="
 _SAID = {
     "train": """\
 # Trains a pixel encoder on one or more nodes, and finishes: near its time limit the job writes a
@@ -268,7 +268,7 @@ def _arguments(job: Job) -> list[str]:
     words = [shlex.quote(word) for word in job.arguments]
     if job.seeds:
         words = [
-            f'{word}/seed-"$SLURM_ARRAY_TASK_ID"' if given.startswith(_RUN) else word
+            f'{word}/seed-"$SLURM_ARRAY_TASK_ID"' if given.startswith(RUN_DIRECTORY) else word
             for given, word in zip(job.arguments, words, strict=True)
         ]
         words.append('run.seed="$SLURM_ARRAY_TASK_ID"')

@@ -34,15 +34,6 @@ class JobState:
     name: str
 
 
-@dataclass(frozen=True)
-class Incarnation:
-    """One start of a job: how often it was requeued before, and where its batch script runs."""
-
-    state: str
-    restarts: int
-    batch_host: str
-
-
 def call(command: Sequence[str], text: str | None = None, seconds: float = _SECONDS) -> str:
     """What a command prints.
 
@@ -108,16 +99,10 @@ def job_states(jobs: Sequence[str]) -> list[JobState]:
     return [JobState(*row) for row in rows]
 
 
-def read_incarnation(line: str) -> Incarnation:
-    """From what `scontrol --oneliner show job` prints."""
-
-    def value(name: str) -> str:
-        found = re.search(rf"(?:^|\s){name}=(\S+)", line)
-        return found.group(1) if found else ""
-
-    restarts = value("Restarts")
-    number = int(restarts) if restarts.isdigit() else 0
-    return Incarnation(value("JobState"), number, value("BatchHost"))
+def read_restarts(line: str) -> int:
+    """How often a job was requeued, from what `scontrol --oneliner show job` prints."""
+    found = re.search(r"(?:^|\s)Restarts=(\d+)", line)
+    return int(found.group(1)) if found else 0
 
 
 def own_job() -> str:

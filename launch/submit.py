@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.sbatch import Job, render
+from launch.sbatch import RUN_DIRECTORY, Job, render
 from launch.slurm_client import SlurmError, call, sbatch
-
-_RUN = "run.directory="
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,11 @@ def run_folders(job: Job) -> list[Path]:
     """Where a training job's metrics will be, as far as its arguments say it."""
     if job.kind != "train":
         return []
-    folders = [Path(word.removeprefix(_RUN)) for word in job.arguments if word.startswith(_RUN)]
+    folders = [
+        Path(word.removeprefix(RUN_DIRECTORY))
+        for word in job.arguments
+        if word.startswith(RUN_DIRECTORY)
+    ]
     if job.seeds:
         return [folder / f"seed-{seed}" for folder in folders[-1:] for seed in range(job.seeds)]
     return folders[-1:]
