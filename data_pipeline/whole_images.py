@@ -12,11 +12,12 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.errors import InputError, SampleError
-from data_pipeline.index import DatasetIndex
-from data_pipeline.manifest import Manifest
-from data_pipeline.reader import SampleReader
-from data_pipeline.sample import UInt8, decode_grey, decode_rgb
+from data_pipeline.labelled import LabelledSet
+from data_pipeline.sample import UInt8, decode_grey, decode_label, decode_rgb
 from data_pipeline.views import IMAGENET_MEAN, IMAGENET_STD
+
+Label = NDArray[np.int16]
+IGNORED = -1  # in labels, whatever their file says it with
 
 
 @dataclass(frozen=True)
@@ -27,34 +28,39 @@ class WholeImage:
         sample_id: number in its data set.
         key: of the sample.
         pixels: uint8 [3, S, S], resized (bicubic), not normalised.
-        label: uint8 [H, W] class index at original resolution, 255 ignored.
-        mask: uint8 [H, W] proposal ids, or None where the shards have none.
+        label: int16 [H, W] class index at original resolution, -1 where it is ignored.
+        mask: uint8 [H, W] proposal ids, or None where the data set has none.
+        image: uint8 [H, W, 3] at original resolution.
     """
 
     sample_id: int
     key: str
     pixels: Tensor
-    label: UInt8
+    label: Label
     mask: UInt8 | None
+    image: UInt8
 
 
 class WholeImages:
-    """Labelled images of a set of shards by number.
+    """Labelled images by number.
 
     Args:
-        manifest: every sample must have a label.
+        samples: where they are.
         size: side S that images are resized to, pixels.
         threads: images read and decoded at a time.
     """
 
-    def __init__(self, manifest: Manifest, size: int, threads: int) -> None:
-        self.manifest = manifest
+    def __init__(self, samples: LabelledSet, size: int, threads: int) -> None:
+        self.samples = samples
         self.size = size
         self.threads = threads
-        self._reader = SampleReader(DatasetIndex(manifest))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.samples.classes
 
     def __len__(self) -> int:
-        return self.manifest.samples
+        return len(self.samples)
 
     def read(self, sample_id: int) -> WholeImage:
         """One image.
@@ -62,25 +68,24 @@ class WholeImages:
         Raises:
             InputError: it cannot be read; an evaluation without it would be another one.
         """
-        shard, sample = self._reader.index.locate(sample_id)
-        name = self._reader.describe(shard, sample)
         try:
-            raw = self._reader.read(shard, sample, label=True)
-            if raw.label is None:
-                raise SampleError("label", f"{name} has no label")
-            image = torch.tensor(decode_rgb(raw.image)).permute(2, 0, 1)
-            label = decode_grey(raw.label, "label")
+            raw = self.samples.read(sample_id)
+            image = decode_rgb(raw.image)
+            label = decode_label(raw.label or b"")
             mask = None if raw.mask is None else decode_grey(raw.mask, "mask")
         except SampleError as error:
-            what = error.reason if name in error.reason else f"{name}: {error}"
+            key = self.samples.key(sample_id)
+            what = error.reason if key in error.reason else f"{self.samples}, {key}: {error}"
             raise InputError(
-                f"{self.manifest.root / what}; evaluation needs every sample: copy the shard here "
-                "again or build the shards again"
+                f"{what}; evaluation needs every sample: {self.samples.remedy()}"
             ) from None
         pixels = F.resize(
-            image, [self.size, self.size], interpolation=InterpolationMode.BICUBIC, antialias=True
+            torch.tensor(image).permute(2, 0, 1),
+            [self.size, self.size],
+            interpolation=InterpolationMode.BICUBIC,
+            antialias=True,
         )
-        return WholeImage(sample_id, name.partition(":")[2], pixels, label, mask)
+        return WholeImage(sample_id, self.samples.key(sample_id), pixels, label, mask, image)
 
     def batches(self, sample_ids: NDArray[np.int64], size: int) -> Iterator[list[WholeImage]]:
         """The images of these numbers, `size` at a time, read ahead by one batch."""

@@ -1,4 +1,4 @@
-"""Clustering of image vectors."""
+"""Clustering of vectors."""
 
 import warnings
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from sklearn.exceptions import ConvergenceWarning
 
 from data_pipeline.errors import InputError
 
+Floats = NDArray[np.float64]
 _NO_VARIANCE = 1e-12  # of float32 vectors of unit length: rounding gives 1e-15
+_ROWS = 1 << 16  # vectors whose distances are held at a time
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,49 @@ class ClusterConfig:
             raise InputError("--starts, --seeds and the batch of K-means must be at least 1")
 
 
-def cluster_vectors(
-    vectors: NDArray[np.float32], clusters: int, config: ClusterConfig, seed: int
-) -> NDArray[np.int64]:
-    """Cluster of each of n vectors [n, D] of unit length: int64 [n] in 0…clusters − 1.
+@dataclass(frozen=True)
+class Clusters:
+    """Centres, in the space that vectors are moved to before they are compared.
 
-    With fewer vectors than clusters each is a cluster of its own.
+    Attributes:
+        mean: float64 [D].
+        directions: float64 [D, d], d ≤ D, of the whitened PCA.
+        centres: float64 [K, d].
     """
-    if len(vectors) <= clusters:
-        return np.arange(len(vectors), dtype=np.int64)
+
+    mean: Floats
+    directions: Floats
+    centres: Floats
+
+    def assign(self, vectors: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+        """The nearest centre of each vector [n, D]: int64 [n], the first of equally near ones."""
+        nearest = np.empty(len(vectors), np.int64)
+        lengths = (self.centres**2).sum(1)
+        for first in range(0, len(vectors), _ROWS):
+            part = vectors[first : first + _ROWS].astype(np.float64)
+            points = (part - self.mean) @ self.directions
+            nearest[first : first + _ROWS] = (lengths - 2 * points @ self.centres.T).argmin(1)
+        return nearest
+
+
+def fit_clusters(
+    vectors: NDArray[np.float32], clusters: int, config: ClusterConfig, seed: int
+) -> Clusters:
+    """K-means centres of n vectors [n, D] of unit length.
+
+    With fewer vectors than clusters each is a centre of its own.
+    """
     # float64: in float32 the PCA gives directions without variance one of 1e-8, in a random order
     points = vectors.astype(np.float64)
+    dim = points.shape[1]
+    if len(points) <= clusters:
+        return Clusters(np.zeros(dim), np.eye(dim), points)
+    mean, directions = np.zeros(dim), np.eye(dim)
     if config.pca:
-        points = whiten(points, config.pca, seed)
+        mean, directions = whitening(points, config.pca, seed)
+        points = (points - mean) @ directions
     if points.shape[1] == 0:
-        return np.zeros(len(vectors), np.int64)
+        return Clusters(mean, directions, np.zeros((1, 0)))
     model: Any
     if config.method == "full":
         model = KMeans(clusters, n_init=config.starts, random_state=seed)
@@ -69,20 +99,20 @@ def cluster_vectors(
     with warnings.catch_warnings():
         # fewer distinct vectors than clusters, as of a network that gives all images one vector
         warnings.simplefilter("ignore", ConvergenceWarning)
-        labels: NDArray[np.int64] = model.fit_predict(points).astype(np.int64)
-    return labels
+        model.fit(points)
+    return Clusters(mean, directions, model.cluster_centers_.astype(np.float64))
 
 
-def whiten(points: NDArray[np.float64], dimensions: int, seed: int = 0) -> NDArray[np.float64]:
-    """Whitened PCA of points [n, D]: [n, ≤ dimensions], each column of variance 1.
+def whitening(points: Floats, dimensions: int, seed: int = 0) -> tuple[Floats, Floats]:
+    """Whitened PCA of points [n, D]: mean [D] and directions [D, ≤ dimensions].
 
-    Directions without variance are left out: whitening would blow their rounding errors up to the
-    size of what was learned. So n points give n − 1 columns at most, and equal points none.
+    `(points - mean) @ directions` has columns of variance 1. Directions without variance are left
+    out: whitening would blow their rounding errors up to the size of what was learned. So n points
+    give n − 1 directions at most, and equal points none.
     """
     dimensions = min(dimensions, *points.shape)
     with np.errstate(invalid="ignore"):  # its share of no variance at all, where points are equal
         model = PCA(dimensions, random_state=seed).fit(points)
     kept = model.explained_variance_ > _NO_VARIANCE
-    projected = model.transform(points)[:, kept]
-    white: NDArray[np.float64] = projected / np.sqrt(model.explained_variance_[kept])
-    return white
+    deviations = np.sqrt(model.explained_variance_[kept])
+    return model.mean_, (model.components_[kept] / deviations[:, None]).T

@@ -1,6 +1,7 @@
 """Pictures for the report: a few images with everything that was predicted on them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,11 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.files import atomic_write
-from data_pipeline.manifest import Manifest
-from data_pipeline.sample import IGNORE, UInt8
-from data_pipeline.whole_images import WholeImage, normalise, resize_nearest
-from evaluation.features import open_labelled, precision
-from evaluation.kmeans import Clustering, KMeansConfig
+from data_pipeline.labelled import LabelledSet
+from data_pipeline.sample import UInt8
+from data_pipeline.whole_images import Label, WholeImage, WholeImages, normalise, resize_nearest
+from evaluation.features import precision
+from evaluation.kmeans import Clustering
+from evaluation.kmeans_config import KMeansConfig
 from evaluation.prototypes import foreground_of
 from trainer.encoder import Encoder
 
@@ -20,14 +22,14 @@ from trainer.encoder import Encoder
 @torch.inference_mode()
 def write_examples(
     encoder: Encoder,
-    manifest: Manifest,
+    samples: LabelledSet,
     config: KMeansConfig,
     clustering: Clustering,
     path: Path,
     count: int = 12,
 ) -> None:
     """Writes `count` images, evenly spaced over the data set, as arrays (see `report.py`)."""
-    images = open_labelled(manifest, config.size, threads=1)
+    images = WholeImages(samples, config.size, threads=1)
     numbers = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
     chosen = [images.read(int(number)) for number in dict.fromkeys(numbers.tolist())]
     pixels = torch.stack([image.pixels for image in chosen])
@@ -36,8 +38,8 @@ def write_examples(
     arrays = {
         "key": np.array([image.key for image in chosen]),
         "image": pixels.permute(0, 2, 3, 1).numpy(),
-        "mask": np.stack([_resized(image.mask, image, config.size) for image in chosen]),
-        "label": np.stack([_resized(image.label, image, config.size) for image in chosen]),
+        "mask": np.stack([_resized(image.mask, config.size) for image in chosen]),
+        "label": np.stack([_resized(image.label, config.size) for image in chosen]),
         "saliency": saliency.sigmoid().numpy(),
         "clusters": cluster_maps(chosen, foreground, clustering),
         "embedding_rgb": principal_colours(embeddings),
@@ -84,19 +86,19 @@ def _embedded(encoder: Encoder, pixels: Tensor, config: KMeansConfig) -> tuple[T
 
 def cluster_maps(
     images: list[WholeImage], foreground: NDArray[np.bool_], clustering: Clustering
-) -> UInt8:
-    """Predicted class of each pixel, uint8 [B, S, S], 255 where a cluster has no class."""
+) -> Label:
+    """Predicted class of each pixel, int16 [B, S, S], -1 where a cluster has no class."""
     classes = [
         clustering.class_of_cluster[clustering.cluster_of_sample[image.sample_id]]
         for image in images
     ]
     background = clustering.class_of_cluster[0]
     values = np.where(foreground, np.array(classes)[:, None, None], background)
-    return np.where(values < 0, IGNORE, values).astype(np.uint8)
+    return values.astype(np.int16)
 
 
-def _resized(values: UInt8 | None, image: WholeImage, size: int) -> UInt8:
+def _resized(values: NDArray[Any] | None, size: int) -> NDArray[Any]:
     if values is None:
         return np.zeros((size, size), np.uint8)
-    resized: UInt8 = resize_nearest(torch.tensor(values), (size, size)).numpy()
+    resized: NDArray[Any] = resize_nearest(torch.tensor(values), (size, size)).numpy()
     return resized

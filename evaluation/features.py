@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from data_pipeline.manifest import Manifest, require_component
+from data_pipeline.labelled import LabelledSet
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise
 from evaluation.miou import Counts
 from trainer.distributed import Ranks
@@ -24,30 +24,10 @@ PRECISIONS = ("float32", "bf16")
 _SECONDS_BETWEEN_LINES = 30.0  # where the output is a file
 
 
-def require_labelled(manifest: Manifest) -> None:
-    """Raises InputError unless every sample has a label and the classes have names."""
-    require_component(manifest, "label", "evaluation")
-    if len(manifest.classes) < 2:
-        raise InputError(
-            f"{manifest.root} names no classes besides background; build the shards again with "
-            "class names"
-        )
-
-
-def open_labelled(manifest: Manifest, size: int, threads: int) -> WholeImages:
-    """Whole images of shards that have labels and class names.
-
-    Raises:
-        InputError: they have not.
-    """
-    require_labelled(manifest)
-    return WholeImages(manifest, size, threads)
-
-
-def require_pixels(counts: Counts, manifest: Manifest) -> None:
-    """Raises InputError where all labels are 255: there is nothing to score."""
+def require_pixels(counts: Counts, samples: LabelledSet) -> None:
+    """Raises InputError where all labels are ignored: there is nothing to score."""
     if counts.sum() == 0:
-        raise InputError(f"every label pixel of {manifest.root} is 255 (ignored); check the labels")
+        raise InputError(f"every label pixel of {samples} is 255 (ignored); check the labels")
 
 
 def own_samples(count: int, ranks: Ranks) -> NDArray[np.int64]:

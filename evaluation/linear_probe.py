@@ -15,16 +15,20 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from data_pipeline.errors import InputError
-from data_pipeline.manifest import Manifest
+from data_pipeline.labelled import LabelledSet
 from data_pipeline.order import generator
-from data_pipeline.sample import IGNORE, UInt8
-from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resize_nearest
+from data_pipeline.whole_images import (
+    IGNORED,
+    Label,
+    WholeImage,
+    WholeImages,
+    normalise,
+    resize_nearest,
+)
 from evaluation.features import (
-    open_labelled,
     own_batches,
     own_samples,
     precision,
-    require_labelled,
     require_pixels,
     require_precision,
     shown,
@@ -37,7 +41,7 @@ from trainer.encoder import Encoder
 from trainer.model import upsample
 
 _ORDER, _AUGMENT = 11, 12  # streams of the generator
-_Example = tuple[Tensor, Tensor]  # features [C, h, w] or pixels [3, S, S], label uint8 [S, S]
+_Example = tuple[Tensor, Tensor]  # features [C, h, w] or pixels [3, S, S], label int16 [S, S]
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ class LinearConfig:
 
 def evaluate_linear(
     encoder: Encoder,
-    train_manifest: Manifest,
-    test_manifest: Manifest,
+    train_samples: LabelledSet,
+    test_samples: LabelledSet,
     config: LinearConfig,
     ranks: Ranks,
     network: str = "trained",
@@ -92,10 +96,10 @@ def evaluate_linear(
     The sums that it learns from are those over all ranks, so the ranks change it by rounding only.
     """
     start = time.monotonic()
-    require_comparable(train_manifest, test_manifest)
+    require_comparable(train_samples, test_samples)
     encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train_images = open_labelled(train_manifest, config.size, threads)
-    test_images = open_labelled(test_manifest, config.size, threads)
+    train_images = WholeImages(train_samples, config.size, threads)
+    test_images = WholeImages(test_samples, config.size, threads)
     train = _FeatureSet(encoder, train_images, config, ranks, own_count(test_images, ranks))
     test = _TestSet(encoder, test_images, config, ranks)
     scored = [_probe(train, test, config, ranks, seed) for seed in config.seeds]
@@ -109,21 +113,17 @@ def evaluate_linear(
         matrix,
         foreground_iou(matrix),
         first.pixel_accuracy,
-        test_manifest.classes,
-        test_manifest.samples,
+        test_samples.classes,
+        len(test_samples),
         time.monotonic() - start,
         asdict(config),
     )
 
 
-def require_comparable(train: Manifest, test: Manifest) -> None:
-    """Raises InputError unless both have labels, and of the same classes."""
-    require_labelled(train)
-    require_labelled(test)
+def require_comparable(train: LabelledSet, test: LabelledSet) -> None:
+    """Raises InputError unless both have the same classes."""
     if train.classes != test.classes:
-        raise InputError(
-            f"{train.root} and {test.root} have different classes; build both from one data set"
-        )
+        raise InputError(f"{train} and {test} have different classes; take both from one data set")
 
 
 class _FeatureSet:
@@ -134,7 +134,7 @@ class _FeatureSet:
     ) -> None:
         """Fills the cache; `beside` images of the other split will have to fit in memory too."""
         self.encoder, self.images, self.config, self.ranks = encoder, images, config, ranks
-        self.classes = len(images.manifest.classes)
+        self.classes = len(images.classes)
         self.cache: dict[int, _Example] = {}
         if config.augment:
             return
@@ -185,15 +185,15 @@ class _TestSet:
         self, encoder: Encoder, images: WholeImages, config: LinearConfig, ranks: Ranks
     ) -> None:
         self.images, self.config, self.ranks = images, config, ranks
-        self.cache: list[tuple[Tensor, UInt8]] = []
+        self.cache: list[tuple[Tensor, Label]] = []
         for batch, pixels in own_batches(images, config.batch_size, ranks, "test features"):
             features = cached_features(encoder, pixels, config, ranks)
             if not self.cache:
                 _require_memory(features, own_count(images, ranks), config)
             self.cache += [(one, image.label) for one, image in zip(features, batch, strict=True)]
-        labelled = sum(int((label != IGNORE).sum()) for _, label in self.cache)
+        labelled = sum(int((label >= 0).sum()) for _, label in self.cache)
         on_device = torch.tensor([labelled], device=ranks.device)
-        require_pixels(all_reduce_sum(on_device, ranks).cpu().numpy(), images.manifest)
+        require_pixels(all_reduce_sum(on_device, ranks).cpu().numpy(), images.samples)
 
     @torch.inference_mode()
     def confusion(self, classifier: nn.Conv2d) -> Counts:
@@ -218,7 +218,7 @@ def own_count(images: WholeImages, ranks: Ranks) -> int:
 
 def _require_memory(features: Tensor, images: int, config: LinearConfig) -> None:
     """Raises InputError where features like these [b, C, h, w], of so many images, do not fit."""
-    each = features[0].nbytes + config.size**2  # and a label of about that size
+    each = features[0].nbytes + 2 * config.size**2  # and a label of about that size
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     require_memory(
         images * each,
@@ -279,8 +279,8 @@ def _learn(
         features = torch.stack([one for one, _ in part]).to(ranks.device).float()
         labels = torch.stack([label for _, label in part]).to(ranks.device).long()
         logits = upsample(classifier(features), (size, size))
-        F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum").backward()  # type: ignore[no-untyped-call]
-        pixels += (labels != IGNORE).sum()
+        F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").backward()  # type: ignore[no-untyped-call]
+        pixels += (labels >= 0).sum()
     gradients = [
         parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         for parameter in classifier.parameters()
@@ -306,7 +306,7 @@ def _new_classifier(train: _FeatureSet, seed: int) -> nn.Conv2d:
 
 
 def augmented(image: WholeImage, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """Flip, ±5° and scale .75–1.25: pixels uint8 [3, S, S] and label uint8 [S, S]."""
+    """Flip, ±5° and scale .75–1.25: pixels uint8 [3, S, S] and label int16 [S, S]."""
     draw = generator(seed, _AUGMENT, epoch, image.sample_id)
     flip, angle, scale = draw.random() < 0.5, draw.uniform(-5, 5), draw.uniform(0.75, 1.25)
     label = resize_nearest(torch.tensor(image.label), (size, size))[None]
@@ -318,6 +318,6 @@ def augmented(image: WholeImage, size: int, seed: int, epoch: int) -> tuple[Tens
         pixels, **moved, shear=[0.0, 0.0], interpolation=InterpolationMode.BILINEAR
     )
     label = transforms.affine(
-        label, **moved, shear=[0.0, 0.0], interpolation=InterpolationMode.NEAREST, fill=[IGNORE]
+        label, **moved, shear=[0.0, 0.0], interpolation=InterpolationMode.NEAREST, fill=[IGNORED]
     )
     return pixels, label[0]

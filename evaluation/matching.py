@@ -8,22 +8,31 @@ from scipy.optimize import linear_sum_assignment
 
 from evaluation.miou import Counts
 
-Criterion = Literal["iou", "count"]
+Criterion = Literal["iou", "count", "image"]
+CRITERIA = ("iou", "count", "image")
 
 
 def match_clusters(
-    matrix: Counts, criterion: Criterion = "iou", many_to_one: bool = False
+    matrix: Counts,
+    criterion: Criterion = "iou",
+    many_to_one: bool = False,
+    images: Counts | None = None,
 ) -> NDArray[np.int64]:
     """Hungarian matching, or the best class for each cluster on its own.
 
     Args:
         matrix: int64 [C, K], pixels of class c in cluster k.
-        criterion: sum of IoU (PASCAL) or of pixels (COCO-Stuff) that is made largest.
+        criterion: of which the sum is made largest: IoU (PASCAL), pixels (COCO-Stuff), or images
+            in which class and cluster occur together (ImageNet-S).
         many_to_one: every cluster takes its best class (over-clustering).
+        images: int64 [C, K], images with class c and cluster k; only for that criterion.
 
     Returns:
         int64 [K]: class of each cluster; −1 for clusters beyond the number of classes.
     """
+    if criterion == "image":
+        assert images is not None
+        matrix = images
     gain = matrix.astype(np.float64)
     if criterion == "iou":
         union = gain.sum(1, keepdims=True) + gain.sum(0, keepdims=True) - gain

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.sample import IGNORE, UInt8
+from data_pipeline.whole_images import Label
 
 Counts = NDArray[np.int64]
 
@@ -27,13 +27,13 @@ class Score:
 
 
 def confusion(
-    truth: UInt8, prediction: NDArray[np.integer[Any]], classes: int, columns: int
+    truth: Label, prediction: NDArray[np.integer[Any]], classes: int, columns: int
 ) -> Counts:
     """Pixels of true class (row) and predicted class (column): int64 [classes, columns].
 
-    Pixels whose truth is 255 count nowhere.
+    Pixels whose truth is negative are ignored and count nowhere.
     """
-    kept = truth != IGNORE
+    kept = truth >= 0
     pairs = truth[kept].astype(np.int64) * columns + prediction[kept]
     return np.bincount(pairs, minlength=classes * columns).reshape(classes, columns)
 

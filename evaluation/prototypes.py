@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.errors import InputError
+from data_pipeline.sample import IGNORE
+from data_pipeline.whole_images import WholeImage, resize_nearest
 
-Foreground = Literal["logit", "probability"]
+Foreground = Literal["logit", "probability", "mask"]
 Pooling = Literal["weighted", "normalized"]
 
 
@@ -18,7 +20,8 @@ class PrototypeConfig:
     """How an image's vector is taken.
 
     Attributes:
-        foreground: pixels whose saliency logit (as published) or probability is above `threshold`.
+        foreground: pixels whose saliency logit (as published) or probability is above `threshold`,
+            or those of the data set's own saliency masks, for networks that predict none.
         threshold: see `foreground`.
         pooling: weighted, Σ logit × embedding (as published), or normalized, Σ of the pixels'
             L2-normalised embeddings.
@@ -29,14 +32,18 @@ class PrototypeConfig:
     pooling: Pooling = "weighted"
 
     def __post_init__(self) -> None:
-        if self.foreground not in ("logit", "probability"):
-            raise InputError(f"--foreground is {self.foreground!r}; it can be logit or probability")
+        if self.foreground not in ("logit", "probability", "mask"):
+            raise InputError(
+                f"--foreground is {self.foreground!r}; it can be logit, probability or mask"
+            )
         if self.pooling not in ("weighted", "normalized"):
             raise InputError(f"--pooling is {self.pooling!r}; it can be weighted or normalized")
 
 
 def foreground_of(saliency: Tensor, config: PrototypeConfig) -> Tensor:
-    """Predicted object pixels, bool [B, H, W], from saliency logits [B, H, W]."""
+    """Object pixels, bool [B, H, W], from saliency logits [B, H, W], or a mask's 0 and 1."""
+    if config.foreground == "mask":
+        return saliency > 0
     values = saliency if config.foreground == "logit" else saliency.sigmoid()
     return values > config.threshold
 
@@ -48,7 +55,7 @@ def image_prototypes(
 
     Args:
         embeddings: [B, D, H, W], not normalised.
-        saliency: logits [B, H, W].
+        saliency: logits [B, H, W], or the data set's masks, 0 and 1.
         config: how.
     """
     foreground = foreground_of(saliency, config)
@@ -58,3 +65,21 @@ def image_prototypes(
         embeddings = F.normalize(embeddings, dim=1)
         weight = foreground.to(embeddings.dtype)
     return F.normalize(torch.einsum("bdhw,bhw->bd", embeddings, weight), dim=1), foreground
+
+
+def saliency_masks(images: list[WholeImage], size: int) -> Tensor:
+    """The data set's saliency masks, float32 [B, S, S]: 1 on any object, 0 elsewhere.
+
+    Raises:
+        InputError: an image has none.
+    """
+    masks = []
+    for image in images:
+        if image.mask is None:
+            raise InputError(
+                f"{image.key} has no saliency mask, which --foreground mask takes; give --masks, "
+                "or shards that were built with masks"
+            )
+        objects = torch.tensor((image.mask > 0) & (image.mask < IGNORE)).to(torch.uint8)
+        masks.append(resize_nearest(objects, (size, size)).float())
+    return torch.stack(masks)

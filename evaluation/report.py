@@ -19,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import InputError
+from data_pipeline.sample import IGNORE
 from evaluation.report_figures import (
     CHART,
+    MAX_CLASSES,
     PROPOSAL_PALETTE,
     VOID,
-    Bytes,
     Metrics,
+    Segments,
     chart,
     css_colour,
     number,
@@ -144,11 +146,14 @@ def read_examples(path: Path) -> dict[str, NDArray[Any]] | None:
         square = arrays["image"].shape[:3]
         for name, axes in wanted.items():
             shape = square + ((3,) if axes == 4 else ())
-            kind = "f" if name == "saliency" else "u"
+            kind = {"saliency": "f", "label": "i", "clusters": "i"}.get(name, "u")
             if arrays[name].shape != shape or arrays[name].dtype.kind != kind:
                 raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}")
         if arrays["key"].shape != square[:1]:
             raise ValueError(f"{arrays['key'].size} keys for {square[0]} images")
+        for name in ("label", "clusters"):
+            if ((arrays[name] < VOID) | (arrays[name] >= MAX_CLASSES - 1)).any():
+                raise ValueError(f"{name} has values that are no class")
     except (OSError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: {error}; write the examples again") from error
     return arrays
@@ -159,7 +164,8 @@ def example_rows(examples: Examples, classes: Sequence[str]) -> list[dict[str, A
     rows: dict[str, dict[str, Any]] = {}
     for network, arrays in examples.items():
         for i, key in enumerate(map(str, arrays["key"])):
-            image, mask = arrays["image"][i], arrays["mask"][i]
+            image, mask = arrays["image"][i], arrays["mask"][i].astype(np.int16)
+            mask = np.where(mask == IGNORE, VOID, mask)
             label, clusters = arrays["label"][i], arrays["clusters"][i]
             if key not in rows:
                 rows[key] = {
@@ -186,7 +192,7 @@ def class_name(index: int, classes: Sequence[str]) -> str:
     return classes[index] if index < len(classes) else f"class {index}"
 
 
-def names_of(segments: Bytes, classes: Sequence[str]) -> str:
+def names_of(segments: Segments, classes: Sequence[str]) -> str:
     """Names of the objects in `segments` [H, W], for the text that stands for a picture."""
     ids = sorted({int(i) for i in np.unique(segments)} - {0, VOID})
     return ", ".join(class_name(i, classes) for i in ids) or "background only"

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Bytes = NDArray[np.uint8]
+Segments = NDArray[np.int16]  # ids, -1 for void
 Floats = NDArray[np.float64]
 Metrics = list[dict[str, Any]]
 
-VOID = 255
+VOID = -1
+MAX_CLASSES = 1024  # ImageNet-S has 920; the last colour is that of void
 MAX_PICTURE = 224  # px; shown at most about 190 px wide, the rest is for dense screens
 MAX_BINS = 120
 CHART = {"width": 360, "height": 190, "left": 44, "right": 10, "top": 14, "bottom": 24}
@@ -28,10 +30,11 @@ PROPOSAL_PALETTE = np.resize(
     ),
     (256, 3),
 )
+PROPOSAL_PALETTE[VOID] = 224
 
 
 def class_palette(count: int) -> Bytes:
-    """Colours of PASCAL VOC, uint8 [count, 3]; the void id 255 is light grey.
+    """Colours of PASCAL VOC, uint8 [count, 3]; the last of all MAX_CLASSES, void, is light grey.
 
     The bits of an id are dealt to red, green, blue in turn, highest colour bit first, which
     keeps neighbouring ids far apart.
@@ -42,18 +45,18 @@ def class_palette(count: int) -> Bytes:
         for channel in range(3):
             colours[:, channel] |= ((ids >> (3 * shift + channel)) & 1) << (7 - shift)
     palette = colours.astype(np.uint8)
-    palette[VOID : VOID + 1] = 224
+    palette[MAX_CLASSES - 1 :] = 224
     return palette
 
 
-def colour_segments(segments: Bytes, palette: Bytes | None = None) -> Bytes:
+def colour_segments(segments: Segments, palette: Bytes | None = None) -> Bytes:
     """Ids [H, W] painted with `palette` (by default the class colours), uint8 [H, W, 3]."""
-    colours: Bytes = (class_palette(256) if palette is None else palette)[segments]
+    colours: Bytes = (class_palette(MAX_CLASSES) if palette is None else palette)[segments]
     return colours
 
 
 def overlay(
-    image: Bytes, segments: Bytes, palette: Bytes | None = None, alpha: float = 0.62
+    image: Bytes, segments: Segments, palette: Bytes | None = None, alpha: float = 0.62
 ) -> Bytes:
     """`segments` [H, W] over `image` [H, W, 3]: tinted inside, outlined, background greyed.
 
@@ -87,7 +90,7 @@ def png_data_uri(picture: Bytes, colours: int | None = None) -> str:
 
 def css_colour(index: int) -> str:
     """Class colour as CSS text."""
-    red, green, blue = class_palette(256)[index % 256].tolist()
+    red, green, blue = class_palette(MAX_CLASSES)[index % MAX_CLASSES].tolist()
     return f"rgb({red} {green} {blue})"
 
 

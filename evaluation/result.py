@@ -1,6 +1,6 @@
-"""The result of one evaluation: as JSON, and as a table on the terminal."""
+"""The result of one evaluation: as JSON and Markdown, and as a table on the terminal."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_pipeline.files import write_json
+from data_pipeline.files import atomic_write, write_json
 from evaluation.miou import Counts
+from evaluation.published import Published, published_figures
+
+TITLES = {
+    "kmeans": "K-means",
+    "kmeans-many": "over-clustering, each cluster its class of largest IoU",
+    "kmeans-majority": "over-clustering, each cluster its most frequent class",
+    "linear": "linear classifier",
+    "linear-crf": "linear classifier, CRF",
+    "retrieval-7": "retrieval, 7 classes",
+    "retrieval-21": "retrieval, all classes",
+    "transfer": "transfer of a classifier",
+}
 
 
 @dataclass(frozen=True)
@@ -19,10 +31,10 @@ class Result:
     """Scores in percent; per-class figures and confusion matrix are those of the first seed.
 
     Attributes:
-        protocol: kmeans or linear.
-        network: trained or initial.
+        protocol: kmeans, kmeans-many-K, linear, linear-crf, retrieval-7, finetune-12.5, …
+        network: trained, initial, or the name of a file.
         step: steps that the network was trained for.
-        values: mIoU of each seed.
+        values: mIoU of each seed (or the protocol's own main figure, see `measure`).
         iou: [C] per class, NaN where absent.
         confusion: int64 [C, C] or [C, C + 1], truth in rows, the last column no class.
         foreground_iou, pixel_accuracy: of the first seed.
@@ -30,6 +42,9 @@ class Result:
         images: evaluated.
         seconds: wall time.
         options: that decide the figures.
+        data_set: its name, where it has one (`datasets.py`).
+        metrics: further figures by name, one for each seed.
+        measure: what `values` are.
     """
 
     protocol: str
@@ -44,6 +59,9 @@ class Result:
     images: int
     seconds: float
     options: dict[str, Any]
+    data_set: str = ""
+    metrics: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    measure: str = "mIoU"
 
     @property
     def mean(self) -> float:
@@ -54,16 +72,43 @@ class Result:
         """Sample standard deviation over seeds; 0 for one seed."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
 
-    def write(self, run: Path) -> Path:
-        """Writes `evaluation/PROTOCOL-NETWORK.json` below the run directory."""
-        path = run / "evaluation" / f"{self.protocol}-{self.network}.json"
+    @property
+    def title(self) -> str:
+        return title_of(self.protocol)
+
+    @property
+    def published(self) -> tuple[Published, ...]:
+        return published_figures(self.data_set, self.protocol)
+
+    def path(self, folder: Path) -> Path:
+        """`evaluation/[DATA SET/]PROTOCOL-NETWORK.json` below the run directory."""
+        return folder / "evaluation" / self.data_set / f"{self.protocol}-{self.network}.json"
+
+    def write(self, folder: Path) -> Path:
+        """Writes the JSON and the Markdown beside it; returns the JSON's path."""
+        path = self.path(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.as_json(), indent=1)
+        with atomic_write(path.with_suffix(".md")) as file:
+            file.write(self.as_markdown().encode())
+        return path
+
+    def as_json(self) -> dict[str, Any]:
         pixels = self.confusion.sum(1)
-        value = {
+        return {
             "protocol": self.protocol,
+            "data_set": self.data_set,
             "network": self.network,
             "step": self.step,
-            "miou": {"mean": self.mean, "std": self.std, "values": list(self.values)},
+            "measure": self.measure,
+            "miou": {"mean": _finite(self.mean), "std": self.std, "values": list(self.values)},
+            "metrics": {
+                name: [_finite(value) for value in values] for name, values in self.metrics.items()
+            },
+            "published": [
+                {"what": one.what, "value": one.value, "metric": one.metric}
+                for one in self.published
+            ],
             "foreground_iou": _finite(self.foreground_iou),
             "pixel_accuracy": _finite(self.pixel_accuracy),
             "per_class": [
@@ -77,12 +122,33 @@ class Result:
             "seconds": round(self.seconds, 2),
             "options": self.options,
         }
-        write_json(path, value, indent=1)
-        return path
+
+    def as_markdown(self) -> str:
+        """Headline, further figures with what was published, and a row a class."""
+        where = f" on {self.data_set}" if self.data_set else ""
+        lines = [
+            f"# {self.title}{where}, {self.network} network at step {self.step}",
+            "",
+            f"{self.measure} **{self.mean:.1f}**{self._spread()}, {self.images} images, "
+            f"{self.seconds:.1f} s",
+            "",
+            *("| figure | ours | published |", "|---|---|---|"),
+        ]
+        ours = {self.measure: self.values, **self.metrics}
+        for name, values in ours.items():
+            others = [
+                f"{one.value:.1f} ({one.what})" for one in self.published if one.metric == name
+            ]
+            lines.append(f"| {name} | {mean_and_spread(values)} | {'; '.join(others) or '–'} |")
+        lines += ["", "| class | IoU % | pixels |", "|---|---|---|"]
+        for name, iou, count in zip(
+            self.classes, self.iou, self.confusion.sum(1).tolist(), strict=True
+        ):
+            lines.append(f"| {name.replace('|', '/')} | {_shown(iou)} | {count} |")
+        return "\n".join(lines) + "\n"
 
     def show(self, console: Console) -> None:
-        """Prints the per-class table."""
-        spread = f" ± {self.std:.1f} over {len(self.values)} seeds" if len(self.values) > 1 else ""
+        """Prints the per-class table, the figures, and what was published."""
         table = Table()
         table.add_column("class")
         table.add_column("IoU %", justify="right")
@@ -92,13 +158,44 @@ class Result:
             table.add_row(Text(name), _shown(iou), bar)
         console.print(table)
         console.print(
-            f"{self.protocol} of the {self.network} network at step {self.step}, "
-            f"{self.images} images: [bold]mIoU {self.mean:.1f}[/]{spread}"
+            f"{self.title} of the {self.network} network at step {self.step}, "
+            f"{self.images} images: [bold]{self.measure} {self.mean:.1f}[/]{self._spread()}"
         )
+        figures = [f"{name} {mean_and_spread(values)}" for name, values in self.metrics.items()]
         console.print(
-            f"foreground IoU {_shown(self.foreground_iou)} · pixel accuracy "
-            f"{_shown(self.pixel_accuracy)} · {self.seconds:.1f} s"
+            f"foreground IoU {_shown(self.foreground_iou)} · "
+            f"{' · '.join(figures) or f'pixel accuracy {_shown(self.pixel_accuracy)}'} · "
+            f"{self.seconds:.1f} s"
         )
+        for one in self.published:
+            console.print(f"published: {one.metric} {one.value:.1f}, {one.what}", style="dim")
+
+    def _spread(self) -> str:
+        return f" ± {self.std:.1f} over {len(self.values)} seeds" if len(self.values) > 1 else ""
+
+
+def title_of(protocol: str) -> str:
+    """A protocol's name for people."""
+    if protocol in TITLES:
+        return TITLES[protocol]
+    start, _, last = protocol.rpartition("-")
+    if start.startswith("kmeans"):
+        named = "K-means, one to one" if start == "kmeans" else TITLES[start]
+        return f"{named}, K = {last}"
+    if start == "retrieval":
+        return TITLES["retrieval-21"]
+    if start == "finetune":
+        return f"fine-tuning on {last}% of the labels"
+    return protocol
+
+
+def mean_and_spread(values: tuple[float, ...]) -> str:
+    """`12.3 ± 0.4`, or `12.3` for one value; what is not finite is left out."""
+    finite = [value for value in values if np.isfinite(value)]
+    if not finite:
+        return "–"
+    mean = f"{np.mean(finite):.1f}"
+    return f"{mean} ± {np.std(finite, ddof=1):.1f}" if len(finite) > 1 else mean
 
 
 def _shown(percent: float) -> str:

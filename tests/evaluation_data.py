@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.build_config import BuildConfig
-from data_pipeline.manifest import Manifest
+from data_pipeline.labelled import LabelledSet, ShardSet, labelled_shards
 from data_pipeline.sample import RawSample, UInt8, encode_png
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.sources.item import Listing
@@ -74,15 +74,17 @@ def block_shards(
     names: tuple[str, ...] = BLOCK_CLASSES,
     first: int = 0,
     tinted: bool = False,
-) -> Manifest:
+) -> ShardSet:
     """One image for each of `classes`, in that order, 10 a shard."""
     items = [BlockItem(first + i, label, *size, masked, tinted) for i, label in enumerate(classes)]
-    return build_shards(Listing(items, names), folder, BuildConfig(10, shuffle_seed=-1))
+    return labelled_shards(
+        build_shards(Listing(items, names), folder, BuildConfig(10, shuffle_seed=-1))
+    )
 
 
-def scene_shards(folder: Path, count: int = 40, seed: int = 0, size: int = 48) -> Manifest:
+def scene_shards(folder: Path, count: int = 40, seed: int = 0, size: int = 48) -> ShardSet:
     """Generated scenes of several sizes, 16 a shard."""
-    return build_shards(list_scenes(count, seed, size), folder, BuildConfig(16))
+    return labelled_shards(build_shards(list_scenes(count, seed, size), folder, BuildConfig(16)))
 
 
 class OracleNetwork(nn.Module):
@@ -91,14 +93,14 @@ class OracleNetwork(nn.Module):
     Saliency logits are 10 on objects, −10 elsewhere and where the label is ignored.
     """
 
-    def __init__(self, manifests: list[Manifest], size: int) -> None:
+    def __init__(self, sets: list[LabelledSet], size: int) -> None:
         super().__init__()
-        self.classes = len(manifests[0].classes)
+        self.classes = len(sets[0].classes)
         self.config = ModelConfig(embedding_dim=self.classes, decoder_channels=self.classes)
         self.device_marker = nn.Parameter(torch.zeros(1))
         self.labels: dict[bytes, Tensor] = {}
-        for manifest in manifests:
-            images = WholeImages(manifest, size, threads=1)
+        for samples in sets:
+            images = WholeImages(samples, size, threads=1)
             for i in range(len(images)):
                 image = images.read(i)
                 label = resize_nearest(torch.tensor(image.label), (size, size))
@@ -106,7 +108,7 @@ class OracleNetwork(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         labels = torch.stack([self.labels[_fingerprint(image)] for image in images]).long()
-        return F.one_hot(labels % 255, self.classes).permute(0, 3, 1, 2).float()
+        return F.one_hot(labels.clamp_min(0), self.classes).permute(0, 3, 1, 2).float()
 
     def forward(self, images: Tensor) -> PixelOutput:
         codes = self.features(images)
@@ -130,8 +132,8 @@ class ConstantNetwork(nn.Module):
         return PixelOutput(flat.repeat(1, 3, 1, 1), self.logit * flat)
 
 
-def oracle(manifests: list[Manifest], size: int) -> Encoder:
-    return Encoder(OracleNetwork(manifests, size), step=7)  # type: ignore[arg-type]
+def oracle(sets: list[LabelledSet], size: int) -> Encoder:
+    return Encoder(OracleNetwork(sets, size), step=7)  # type: ignore[arg-type]
 
 
 def constant(logit: float) -> Encoder:

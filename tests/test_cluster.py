@@ -7,7 +7,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
 from data_pipeline.errors import InputError
-from evaluation.cluster import ClusterConfig, cluster_vectors, whiten
+from evaluation.cluster import ClusterConfig, fit_clusters, whitening
 
 
 def groups(count: int, each: int, dim: int, noise: float) -> tuple[NDArray[np.float32], list[int]]:
@@ -17,6 +17,18 @@ def groups(count: int, each: int, dim: int, noise: float) -> tuple[NDArray[np.fl
     vectors = np.eye(dim)[truth] + noise * rng.normal(size=(len(truth), dim))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors.astype(np.float32), truth
+
+
+def cluster_vectors(
+    vectors: NDArray[np.float32], clusters: int, config: ClusterConfig, seed: int
+) -> NDArray[np.int64]:
+    return fit_clusters(vectors, clusters, config, seed).assign(vectors)
+
+
+def whiten(points: NDArray[np.float64], dimensions: int) -> NDArray[np.float64]:
+    mean, directions = whitening(points, dimensions)
+    white: NDArray[np.float64] = (points - mean) @ directions
+    return white
 
 
 @pytest.mark.parametrize("method", ["minibatch", "full"])

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from data_pipeline.whole_images import WholeImage
-from evaluation.cluster import ClusterConfig
+from evaluation.cluster import ClusterConfig, Clusters
 from evaluation.examples import cluster_maps, principal_colours, write_examples
-from evaluation.kmeans import Clustering, KMeansConfig, evaluate_kmeans
+from evaluation.kmeans import Clustering, evaluate_kmeans
+from evaluation.kmeans_config import KMeansConfig
 from evaluation.prototypes import PrototypeConfig
 from evaluation.report import read_examples
 from tests.evaluation_data import BlockItem, block_shards, oracle, random_encoder, scene_shards
@@ -21,7 +22,14 @@ HALVES = PrototypeConfig("probability")
 
 def image_numbered(sample_id: int) -> WholeImage:
     pixels = torch.zeros(3, 2, 2, dtype=torch.uint8)
-    return WholeImage(sample_id, str(sample_id), pixels, np.zeros((2, 2), np.uint8), None)
+    return WholeImage(
+        sample_id,
+        str(sample_id),
+        pixels,
+        np.zeros((2, 2), np.int16),
+        None,
+        pixels.permute(1, 2, 0).numpy(),
+    )
 
 
 def test_arrays_are_what_the_report_reads(tmp_path: Path) -> None:
@@ -33,7 +41,8 @@ def test_arrays_are_what_the_report_reads(tmp_path: Path) -> None:
     arrays = read_examples(path)
     assert arrays is not None
     shapes = {name: (array.shape, array.dtype.name) for name, array in arrays.items()}
-    maps = dict.fromkeys(("mask", "clusters", "label"), ((5, 36, 36), "uint8"))
+    maps = dict.fromkeys(("clusters", "label"), ((5, 36, 36), "int16"))
+    maps["mask"] = ((5, 36, 36), "uint8")
     pictures = dict.fromkeys(("image", "embedding_rgb"), ((5, 36, 36, 3), "uint8"))
     assert shapes.pop("key")[0] == (5,)
     assert shapes == maps | pictures | {"saliency": ((5, 36, 36), "float32")}
@@ -41,7 +50,7 @@ def test_arrays_are_what_the_report_reads(tmp_path: Path) -> None:
     assert len(set(arrays["key"].tolist())) == 5
     inside = arrays["saliency"] > 0.5
     assert 0 < inside.mean() < 1
-    background = clustering.class_of_cluster[0] % 256
+    background = clustering.class_of_cluster[0]
     assert (arrays["clusters"][~inside] == background).all()
     # equal networks give equal files
     write_examples(random_encoder(), manifest, config, clustering, tmp_path / "b.npz", count=5)
@@ -59,15 +68,16 @@ def test_pictures_of_a_network_that_knows_everything(tmp_path: Path) -> None:
     assert arrays["key"].tolist() == ["block_000", "block_003", "block_006"]  # evenly spaced
     for i, index in enumerate((0, 3, 6)):
         item = BlockItem(index, classes[index], 48, 48)
-        label = item.label()
+        label = item.label().astype(np.int16)
+        label[label == 255] = -1
         assert (arrays["label"][i] == label).all()
-        assert (arrays["clusters"][i] == np.where(label == 255, 0, label)).all()
-        assert (arrays["mask"][i] == (label % 255 > 0)).all()
+        assert (arrays["clusters"][i] == label.clip(0)).all()
+        assert (arrays["mask"][i] == (label > 0)).all()
         noise = np.random.default_rng(index).integers(0, 256, (48, 48, 3))
         assert (arrays["image"][i] == noise).all()
         # pixels of one class have one colour, pixels of another class another
-        for value in np.unique(label % 255):
-            assert len(np.unique(arrays["embedding_rgb"][i][label % 255 == value], axis=0)) == 1
+        for value in np.unique(label.clip(0)):
+            assert len(np.unique(arrays["embedding_rgb"][i][label.clip(0) == value], axis=0)) == 1
     assert len(np.unique(arrays["embedding_rgb"].reshape(-1, 3), axis=0)) == 3
 
 
@@ -83,15 +93,16 @@ def test_fewer_images_than_asked_for_and_no_masks(tmp_path: Path) -> None:
 
 
 def test_cluster_maps_of_a_hand_case() -> None:
-    clustering = Clustering({4: 2, 7: 3, 9: 0}, np.array([0, 5, 1, -1]))
+    clusters = Clusters(np.zeros(2), np.eye(2), np.zeros((3, 2)))
+    clustering = Clustering({4: 2, 7: 3, 9: 0}, np.array([0, 5, 1, -1]), clusters)
     images = [image_numbered(number) for number in (4, 7, 9)]
     foreground = np.array([[[True, False], [False, True]]] * 3)
     assert cluster_maps(images, foreground, clustering).tolist() == [
         [[1, 0], [0, 1]],
-        [[255, 0], [0, 255]],  # a cluster without a class
+        [[-1, 0], [0, -1]],  # a cluster without a class
         [[0, 0], [0, 0]],
     ]
-    moved = Clustering(clustering.cluster_of_sample, np.array([3, 5, 1, 0]))
+    moved = Clustering(clustering.cluster_of_sample, np.array([3, 5, 1, 0]), clusters)
     assert cluster_maps(images[:1], foreground[:1], moved).tolist() == [[[1, 3], [3, 1]]]
 
 

@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 from sklearn.metrics import jaccard_score
 
 from data_pipeline.errors import InputError
-from data_pipeline.manifest import Manifest, read_manifest
+from data_pipeline.labelled import ShardSet, labelled_shards
+from data_pipeline.manifest import read_manifest
 from data_pipeline.whole_images import WholeImages
 from evaluation.cluster import ClusterConfig
 from evaluation.features import own_batches
-from evaluation.kmeans import Clustering, KMeansConfig, evaluate_kmeans
+from evaluation.kmeans import Clustering, evaluate_kmeans
+from evaluation.kmeans_config import KMeansConfig
 from evaluation.prototypes import PrototypeConfig
 from evaluation.result import Result
 from tests.evaluation_data import (
-    BLOCK_CLASSES,
     BlockItem,
     block_shards,
     constant,
@@ -37,12 +38,12 @@ HALVES = PrototypeConfig("probability", 0.5, "normalized")
 
 
 @pytest.fixture(scope="module")
-def blocks(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return block_shards(tmp_path_factory.mktemp("blocks") / "shards", BLOCKS)
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return scene_shards(tmp_path_factory.mktemp("scenes") / "shards")
 
 
@@ -63,7 +64,7 @@ def assert_same(first: Result, second: Result) -> None:
 @pytest.mark.parametrize("method", ["minibatch", "full"])
 @pytest.mark.parametrize("pca", [0, 32])
 def test_a_network_that_knows_everything_scores_100(
-    blocks: Manifest, method: Any, pca: int
+    blocks: ShardSet, method: Any, pca: int
 ) -> None:
     config = KMeansConfig(size=48, cluster=ClusterConfig(method=method, pca=pca), batch_size=4)
     result, clustering = evaluate_kmeans(oracle([blocks], 48), blocks, config, ALONE)
@@ -78,7 +79,7 @@ def test_a_network_that_knows_everything_scores_100(
 
 
 @pytest.mark.parametrize("logit", [-1.0, 0.4, 1.0])
-def test_a_collapsed_network_finds_background_only(blocks: Manifest, logit: float) -> None:
+def test_a_collapsed_network_finds_background_only(blocks: ShardSet, logit: float) -> None:
     """All is one segment: of the class with most pixels, the others score 0."""
     config = KMeansConfig(size=48, cluster=ClusterConfig(seeds=(1, 2)))
     result, _ = evaluate_kmeans(constant(logit), blocks, config, ALONE)
@@ -92,12 +93,12 @@ def test_a_collapsed_network_finds_background_only(blocks: Manifest, logit: floa
 
 
 def plain_matrix(
-    encoder: Encoder, manifest: Manifest, config: KMeansConfig, clustering: Clustering
+    encoder: Encoder, samples: ShardSet, config: KMeansConfig, clustering: Clustering
 ) -> NDArray[np.int64]:
     """Predicts maps at S, resizes them to each image and counts pixel by pixel."""
-    classes = len(manifest.classes)
+    classes = len(samples.classes)
     matrix = np.zeros((classes, classes + 1), np.int64)
-    images = WholeImages(manifest, config.size, threads=1)
+    images = WholeImages(samples, config.size, threads=1)
     # the same batches, since the last bit of a logit can depend on what is beside it
     found = []
     for _, pixels in own_batches(images, config.batch_size, ALONE, "embedding"):
@@ -111,7 +112,7 @@ def plain_matrix(
         height, width = image.label.shape
         for row in range(height):
             for column in range(width):
-                if (truth := int(image.label[row, column])) != 255:
+                if (truth := int(image.label[row, column])) >= 0:
                     # where the pixel's centre falls; float32, as torch rounds where that is an edge
                     y = int(np.float32(row + 0.5) * np.float32(config.size / height))
                     x = int(np.float32(column + 0.5) * np.float32(config.size / width))
@@ -124,7 +125,7 @@ def plain_matrix(
     [(0, False, 40), (4, False, 40), (17, False, 37), (17, True, 40)],
 )
 def test_counts_of_images_equal_a_plain_implementation(
-    scenes: Manifest, clusters: int, many_to_one: bool, size: int
+    scenes: ShardSet, clusters: int, many_to_one: bool, size: int
 ) -> None:
     cluster = ClusterConfig(clusters=clusters, pca=4, seeds=(1234,))
     config = KMeansConfig(size, HALVES, cluster, many_to_one=many_to_one, batch_size=7)
@@ -145,7 +146,7 @@ def test_counts_of_images_equal_a_plain_implementation(
     assert result.values[0] == pytest.approx(each.mean())
 
 
-def test_seeds_are_reproducible_and_differ(scenes: Manifest) -> None:
+def test_seeds_are_reproducible_and_differ(scenes: ShardSet) -> None:
     config = KMeansConfig(40, HALVES, ClusterConfig(pca=4, starts=1))
     first, _ = evaluate_kmeans(random_encoder(), scenes, config, ALONE)
     again, _ = evaluate_kmeans(random_encoder(), scenes, config, ALONE, threads=1)
@@ -167,7 +168,7 @@ def test_one_image_is_enough(tmp_path: Path) -> None:
 
 
 def test_few_images_for_the_whitening_are_warned_of(
-    blocks: Manifest, scenes: Manifest, caplog: pytest.LogCaptureFixture
+    blocks: ShardSet, scenes: ShardSet, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluate_kmeans(oracle([blocks], 48), blocks, KMeansConfig(48), ALONE)
     assert not caplog.records
@@ -186,19 +187,18 @@ def test_labels_are_needed_and_something_in_them(tmp_path: Path) -> None:
     ignored = block_shards(tmp_path / "ignored", [255, 255], (1, 40))  # only the border
     with pytest.raises(InputError, match="is 255"):
         evaluate_kmeans(constant(1.0), ignored, KMeansConfig(16), ALONE)
-    nameless = block_shards(tmp_path / "nameless", [1, 2], names=())
+    manifest = block_shards(tmp_path / "partly", [1, 2]).manifest
     with pytest.raises(InputError, match="names no classes"):
-        evaluate_kmeans(constant(1.0), nameless, KMeansConfig(16), ALONE)
-    shard = replace(nameless.shards[0], labels=1)
-    partly = replace(nameless, shards=(shard,), classes=BLOCK_CLASSES)
+        labelled_shards(replace(manifest, classes=("background",)))
+    shard = replace(manifest.shards[0], labels=1)
     with pytest.raises(InputError, match="1 of 2 samples have no label"):
-        evaluate_kmeans(constant(1.0), partly, KMeansConfig(16), ALONE)
+        labelled_shards(replace(manifest, shards=(shard,)))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"criterion": "image"}, "--criterion is 'image'"),
+        ({"criterion": "pixels"}, "--criterion is 'pixels'"),
         ({"size": 0}, "--size"),
         ({"batch_size": 0}, "--batch-size"),
         ({"precision": "fp8"}, "--precision is 'fp8'"),
@@ -219,16 +219,17 @@ def test_published_protocol_is_the_default() -> None:
 
 
 def _evaluate(ranks: Ranks, shards: Path, config: KMeansConfig) -> tuple[Result, Clustering]:
-    return evaluate_kmeans(random_encoder(), read_manifest(shards), config, ranks, threads=1)
+    samples = labelled_shards(read_manifest(shards))
+    return evaluate_kmeans(random_encoder(), samples, config, ranks, threads=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_change_nothing(scenes: Manifest, world_size: int) -> None:
+def test_ranks_change_nothing(scenes: ShardSet, world_size: int) -> None:
     """One image a pass, since the last bit of what the network says can depend on the batch."""
     config = KMeansConfig(40, HALVES, ClusterConfig(pca=4), batch_size=1)
-    [(alone, clustering)] = run_on_ranks(_evaluate, 1, scenes.root, config)
-    for result, found in run_on_ranks(_evaluate, world_size, scenes.root, config):
+    [(alone, clustering)] = run_on_ranks(_evaluate, 1, scenes.manifest.root, config)
+    for result, found in run_on_ranks(_evaluate, world_size, scenes.manifest.root, config):
         assert_same(result, alone)
         assert found.cluster_of_sample == clustering.cluster_of_sample
         assert found.class_of_cluster.tolist() == clustering.class_of_cluster.tolist()
@@ -238,6 +239,6 @@ def test_ranks_change_nothing(scenes: Manifest, world_size: int) -> None:
 def test_more_ranks_than_images(tmp_path: Path) -> None:
     manifest = block_shards(tmp_path / "two", [1, 2])
     config = KMeansConfig(48, HALVES, ClusterConfig(seeds=(1,)))
-    [(alone, _)] = run_on_ranks(_evaluate, 1, manifest.root, config)
-    for result, _ in run_on_ranks(_evaluate, 3, manifest.root, config):
+    [(alone, _)] = run_on_ranks(_evaluate, 1, manifest.manifest.root, config)
+    for result, _ in run_on_ranks(_evaluate, 3, manifest.manifest.root, config):
         assert_same(result, alone)

@@ -7,15 +7,15 @@ from sklearn.metrics import jaccard_score
 from evaluation.miou import confusion, foreground_iou, score
 
 
-def test_confusion_counts_truth_in_rows_and_leaves_255_out() -> None:
-    truth = np.array([[0, 0, 1], [2, 255, 255]], np.uint8)
+def test_confusion_counts_truth_in_rows_and_leaves_ignored_out() -> None:
+    truth = np.array([[0, 0, 1], [2, -1, -1]], np.int16)
     prediction = np.array([[0, 3, 1], [0, 0, 2]])
     expected = [[1, 0, 0, 1], [0, 1, 0, 0], [1, 0, 0, 0]]
     assert confusion(truth, prediction, 3, 4).tolist() == expected
     assert confusion(truth, prediction, 3, 4).dtype == np.int64
     # classes beyond those that occur still have their row
     assert confusion(truth, prediction.astype(np.uint8), 5, 4).shape == (5, 4)
-    ignored = np.full((2, 2), 255, np.uint8)
+    ignored = np.full((2, 2), -1, np.int16)
     assert confusion(ignored, np.zeros((2, 2), np.uint8), 2, 2).sum() == 0
 
 
@@ -57,7 +57,7 @@ def test_the_last_column_is_no_class_and_always_wrong() -> None:
 
 
 def test_one_pixel_decides_a_class() -> None:
-    truth, prediction = np.zeros((10, 10), np.uint8), np.zeros((10, 10), np.uint8)
+    truth, prediction = np.zeros((10, 10), np.int16), np.zeros((10, 10), np.uint8)
     truth[3, 4] = 1
     missed = score(confusion(truth, prediction, 2, 2))
     assert missed.iou.tolist() == pytest.approx([99, 0])
@@ -75,10 +75,10 @@ def test_nothing_to_score_is_not_a_number() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_scikit_learn_on_random_maps(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    truth = rng.choice([0, 1, 2, 4, 255], (13, 17)).astype(np.uint8)  # class 3 is absent
+    truth = rng.choice([0, 1, 2, 4, -1], (13, 17)).astype(np.int16)  # class 3 is absent
     prediction = rng.integers(0, 5, (13, 17))
     result = score(confusion(truth, prediction, 5, 5))
-    kept = truth != 255
+    kept = truth >= 0
     labels = [0, 1, 2, 4]
     each = jaccard_score(truth[kept], prediction[kept], labels=labels, average=None)
     assert result.iou[labels].tolist() == pytest.approx((100 * each).tolist())

@@ -79,7 +79,7 @@ def test_only_the_poolings_weigh_differently() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
-    [("foreground", "mask", "--foreground is 'mask'"), ("pooling", "max", "--pooling is 'max'")],
+    [("foreground", "masks", "--foreground is 'masks'"), ("pooling", "max", "--pooling is 'max'")],
 )
 def test_other_words_are_refused(name: str, value: str, said: str) -> None:
     with pytest.raises(InputError, match=said):

@@ -12,6 +12,7 @@ from data_pipeline.build_config import BuildConfig
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.fetch import MAX_SUBSTITUTES, FetchedSample, Fetcher
 from data_pipeline.index import DatasetIndex
+from data_pipeline.labelled import ShardSet
 from data_pipeline.manifest import Manifest, read_manifest
 from data_pipeline.order import SampleOrder
 from data_pipeline.reader import SampleReader
@@ -143,7 +144,7 @@ def test_no_descriptors_leak(manifest: Manifest) -> None:
     fetcher = Fetcher(open_reader(manifest), SampleOrder([SHARD] * 4, 0, 2), VIEWS, threads=3)
     fetcher.fetch(np.arange(COUNT))
     fetcher.close()
-    images = WholeImages(manifest, 16, threads=2)
+    images = WholeImages(ShardSet(manifest), 16, threads=2)
     assert sum(len(batch) for batch in images.batches(np.arange(COUNT), 5)) == COUNT
     next(images.batches(np.arange(COUNT), 5))  # left in the middle
     del fetcher, images
@@ -286,7 +287,7 @@ def test_a_shard_without_its_index_is_replaced_sample_by_sample(
 def test_evaluation_ends_at_a_shard_without_its_index(manifest: Manifest) -> None:
     (manifest.root / "shard-000000.json").unlink()
     with pytest.raises(InputError, match=r"shard index .*shard-000000\.json cannot be read"):
-        WholeImages(manifest, 16, threads=2).read(0)
+        WholeImages(ShardSet(manifest), 16, threads=2).read(0)
 
 
 def test_a_pipe_in_the_place_of_a_shard_is_an_error(manifest: Manifest) -> None:
@@ -316,7 +317,7 @@ def test_the_log_of_bad_samples_ends_at_some_point(
 def test_whole_images_come_in_the_order_asked_for(
     manifest: Manifest, threads: int, batch: int
 ) -> None:
-    images = WholeImages(manifest, 16, threads)
+    images = WholeImages(ShardSet(manifest), 16, threads)
     wanted = np.array([5, 3, 3, 23, 0, 11, 7, 20])
     parts = list(images.batches(wanted, batch))
     assert [len(part) for part in parts[:-1]] == [batch] * (len(parts) - 1)
@@ -328,7 +329,8 @@ def test_whole_images_come_in_the_order_asked_for(
         raw = reader.read(shard, sample, label=True)
         assert image.key == reader.index.shard(shard).keys[sample]
         assert image.pixels.shape == (3, 16, 16)
-        np.testing.assert_array_equal(image.label, decode_grey(raw.label or b"", "label"))
+        label = decode_grey(raw.label or b"", "label").astype(int)
+        np.testing.assert_array_equal(image.label, np.where(label == 255, -1, label))
         assert image.mask is not None
         np.testing.assert_array_equal(image.mask, decode_grey(raw.mask or b"", "mask"))
     assert list(images.batches(wanted[:0], batch)) == []
@@ -338,7 +340,7 @@ def test_whole_images_come_in_the_order_asked_for(
 @pytest.mark.parametrize("component", ["image", "mask.png", "label.png"])
 def test_evaluation_ends_at_a_bad_sample_and_names_it(manifest: Manifest, component: str) -> None:
     place = damage(manifest, 2, 1, component)
-    images = WholeImages(manifest, 16, threads=2)
+    images = WholeImages(ShardSet(manifest), 16, threads=2)
     with pytest.raises(InputError) as caught:
         list(images.batches(np.arange(COUNT), 4))
     assert str(caught.value) == (
@@ -351,4 +353,4 @@ def test_evaluation_ends_at_a_sample_without_a_label(tmp_path: Path) -> None:
     items = [BytesItem("k", encode(picture()), encode(object_mask()))]
     manifest = build_shards(Listing(items), tmp_path, BuildConfig())
     with pytest.raises(InputError, match=r"shard-000000\.tar:k has no label"):
-        WholeImages(manifest, 16, 1).read(0)
+        WholeImages(ShardSet(manifest), 16, 1).read(0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import InputError, SampleError
-from data_pipeline.sample import IGNORE, RawSample, Values, open_image
+from data_pipeline.sample import IGNORE, IGNORE_16_BIT, RawSample, Values, open_image
 from data_pipeline.sources.folder import check_pictures
 from data_pipeline.sources.imagenet import mask_folder, split_folder
 from data_pipeline.sources.item import Failure, FilesOfItem, Listing
@@ -24,7 +24,6 @@ from data_pipeline.sources.name_list import read_names
 SIZES = (50, 300, 919)
 ANNOTATED = ("train-semi", "validation")
 IGNORED_PART = 1000
-IGNORE_16_BIT = 65535
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 

@@ -1,0 +1,1 @@
+"""`maskbank evaluate …`: one file a command."""

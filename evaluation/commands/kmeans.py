@@ -1,0 +1,158 @@
+"""`maskbank evaluate kmeans`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from data_pipeline.labelled import LabelledSet
+from evaluation.cluster import ClusterConfig
+from evaluation.commands import options as common
+from evaluation.datasets import DataSet
+from evaluation.examples import write_examples
+from evaluation.kmeans import Clustering, evaluate_kmeans
+from evaluation.kmeans_config import KMeansConfig
+from evaluation.prototypes import PrototypeConfig
+from evaluation.result import Result
+from evaluation.saved_head import SavedHead, clusters_as_tensors
+from trainer.distributed import Ranks, cores_per_rank, same_on_all_ranks
+
+
+def kmeans(
+    network: common.Network,
+    shards: common.Shards = None,
+    data_set: common.Named = None,
+    root: common.Root = None,
+    split: common.Split = None,
+    masks: common.Masks = None,
+    names: common.Names = None,
+    categories: common.Categories = None,
+    initial: common.Initial = False,
+    output: common.Output = None,
+    size: common.Size = None,
+    clusters: Annotated[int, typer.Option(help="K; 0: the classes without background.")] = 0,
+    foreground: common.Foreground = "logit",
+    threshold: common.Threshold = 0.5,
+    pooling: common.Pooling = "weighted",
+    method: Annotated[str, typer.Option(help="minibatch (published) or full.")] = "minibatch",
+    starts: Annotated[int, typer.Option(help="Starts of K-means, the best is kept.")] = 3,
+    pca: Annotated[
+        Optional[int],  # noqa: UP045 (typer)
+        typer.Option(help="Whitened PCA to so many; 0: none; default 32, of all pixels none."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Clusterings, from seed 1234 on.")] = 5,
+    criterion: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Matching on iou, count or image; default: the data set's, or iou."),
+    ] = None,
+    many_to_one: Annotated[
+        bool, typer.Option("--many-to-one", help="Each cluster its best class (over-clustering).")
+    ] = False,
+    unit: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Cluster each image's foreground, or every pixel: image or pixel."),
+    ] = None,
+    batch_size: common.BatchSize = 16,
+    examples: Annotated[int, typer.Option(help="Pictures kept for the report.")] = 12,
+    precision: common.Precision = "float32",
+    device: common.Device = "auto",
+    html: common.Html = False,
+) -> None:
+    """K-means mIoU, the published protocol by default; more clusters: over-clustering.
+
+    Writes the scores and the centres (`maskbank predict` takes them) to evaluation/.
+
+    Examples: `maskbank evaluate kmeans runs/demo --shards shards/val`;
+    `maskbank evaluate kmeans runs/voc --data-set voc --root VOCSegmentation`;
+    `maskbank evaluate kmeans runs/voc --shards shards/val --clusters 500 --many-to-one`
+    """
+    with same_on_all_ranks():
+        source = common.source(data_set, root, split, masks, names, categories)
+        config = _config(
+            source.data_set, source.size(size), clusters, foreground, threshold, pooling, method,
+            starts, pca, seeds, criterion, many_to_one, unit, batch_size, precision,
+        )  # fmt: skip
+        subject = common.open_subject(network, initial, output)
+        config.require(subject.encoder)
+        samples = source.open("test", shards, "--shards")
+    ranks = common.start(device)
+    common.check_samples(samples, ranks)
+    result = run_kmeans(subject, samples, config, source.name, ranks, examples)
+    common.finish([result], subject, source, ranks, html)
+
+
+def _config(
+    known: DataSet | None, size: int, clusters: int, foreground: Any, threshold: float,
+    pooling: Any, method: Any, starts: int, pca: int | None, seeds: int, criterion: Any,
+    many_to_one: bool, unit: Any, batch_size: int, precision: str,
+) -> KMeansConfig:  # fmt: skip
+    """The options, which the configurations check, with the data set's own for those not given."""
+    unit = unit or ("image" if known is None else known.unit)
+    if pca is None:
+        pca = 0 if unit == "pixel" else 32
+    return KMeansConfig(
+        size=size,
+        prototype=PrototypeConfig(foreground, threshold, pooling),
+        cluster=ClusterConfig(
+            clusters, method, starts, pca=pca, seeds=tuple(range(1234, 1234 + seeds))
+        ),
+        criterion=criterion or ("iou" if known is None else known.criterion),
+        many_to_one=many_to_one,
+        unit=unit,
+        batch_size=batch_size,
+        precision=precision,
+    )
+
+
+def run_kmeans(
+    subject: common.Subject,
+    samples: LabelledSet,
+    config: KMeansConfig,
+    data_set: str,
+    ranks: Ranks,
+    examples: int = 12,
+) -> Result:
+    """Evaluates, and writes the centres and pictures for the report beside the results."""
+    result, clustering = evaluate_kmeans(
+        subject.encoder, samples, config, ranks, subject.name, cores_per_rank()
+    )
+    result = replace(result, protocol=protocol_name(config, len(samples.classes)))
+    if ranks.is_main:
+        folder = result_folder(subject.folder, data_set)
+        head = saved_clusters(clustering, config, samples.classes, data_set, result.step)
+        head.write(folder / f"{result.protocol}-{subject.name}.safetensors")
+        if examples > 0 and config.unit == "image" and result.protocol == "kmeans":
+            path = folder / f"examples-{subject.name}.npz"
+            write_examples(subject.encoder, samples, config, clustering, path, examples)
+    return result
+
+
+def result_folder(folder: Path, data_set: str) -> Path:
+    """Where an evaluation's files go; made if it is missing."""
+    path = folder / "evaluation" / data_set
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def protocol_name(config: KMeansConfig, classes: int) -> str:
+    """kmeans, or with more clusters kmeans-many-K (by IoU) or kmeans-majority-K (by pixels)."""
+    clusters = config.cluster.clusters or classes - 1
+    if config.many_to_one:
+        return f"kmeans-{'many' if config.criterion == 'iou' else 'majority'}-{clusters}"
+    return "kmeans" if clusters == classes - 1 else f"kmeans-{clusters}"
+
+
+def saved_clusters(
+    clustering: Clustering, config: KMeansConfig, classes: tuple[str, ...], data_set: str, step: int
+) -> SavedHead:
+    """The first seed's centres as a file for `maskbank predict`."""
+    return SavedHead(
+        kind="kmeans" if config.unit == "image" else "pixel-kmeans",
+        tensors=clusters_as_tensors(clustering.clusters, clustering.class_of_cluster),
+        classes=classes,
+        data_set=data_set,
+        size=config.size,
+        prototype=config.prototype,
+        step=step,
+    )

@@ -1,0 +1,65 @@
+"""`maskbank evaluate retrieval`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from evaluation.commands import options as common
+from evaluation.prototypes import PrototypeConfig
+from evaluation.retrieval import RetrievalConfig, evaluate_retrieval
+from trainer.distributed import cores_per_rank, same_on_all_ranks
+
+
+def retrieval(
+    network: common.Network,
+    bank_shards: Annotated[
+        Optional[Path],  # noqa: UP045 (typer)
+        typer.Option(help="Labelled shards of the bank."),
+    ] = None,
+    shards: common.Shards = None,
+    data_set: common.Named = None,
+    root: common.Root = None,
+    split: common.Split = None,
+    masks: common.Masks = None,
+    initial: common.Initial = False,
+    output: common.Output = None,
+    size: common.Size = None,
+    foreground: common.Foreground = "logit",
+    threshold: common.Threshold = 0.5,
+    pooling: common.Pooling = "weighted",
+    resolution: Annotated[
+        str, typer.Option(help="Pixels that are scored: of the image at --size, or of the label.")
+    ] = "image",
+    batch_size: common.BatchSize = 16,
+    precision: common.Precision = "float32",
+    device: common.Device = "auto",
+    html: common.Html = False,
+) -> None:
+    """Each mask takes the class of its nearest neighbour: mIoU over all classes and over seven.
+
+    Examples: `maskbank evaluate retrieval runs/voc --data-set voc --root VOCSegmentation`;
+    `maskbank evaluate retrieval runs/mine --bank-shards shards/train --shards shards/val`
+    """
+    with same_on_all_ranks():
+        source = common.source(data_set, root, split, masks)
+        prototype: dict[str, Any] = {"foreground": foreground, "pooling": pooling}
+        where: Any = resolution  # the configuration checks it
+        config = RetrievalConfig(
+            source.size(size),
+            PrototypeConfig(**prototype, threshold=threshold),
+            where,
+            batch_size,
+            precision,
+        )
+        subject = common.open_subject(network, initial, output)
+        config.require(subject.encoder)
+        bank = source.open("bank", bank_shards, "--bank-shards")
+        samples = source.open("test", shards, "--shards")
+    ranks = common.start(device)
+    for one in (samples, bank):
+        common.check_samples(one, ranks)
+    results, _ = evaluate_retrieval(
+        subject.encoder, bank, samples, config, ranks, subject.name, cores_per_rank()
+    )
+    common.finish(results, subject, source, ranks, html)

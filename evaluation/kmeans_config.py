@@ -1,0 +1,54 @@
+"""Settings of the K-means evaluation."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_pipeline.errors import InputError
+from evaluation.cluster import ClusterConfig
+from evaluation.features import require_precision
+from evaluation.matching import CRITERIA, Criterion
+from evaluation.prototypes import PrototypeConfig
+from trainer.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class KMeansConfig:
+    """The protocol; the defaults are the published ones.
+
+    Attributes:
+        size: side that images are resized to, pixels.
+        prototype: how an image's vector is taken.
+        cluster: how vectors are clustered.
+        criterion: of the matching.
+        many_to_one: every cluster takes its best class (over-clustering), instead of one cluster
+            a class.
+        unit: what is clustered: the foregrounds of images, the rest being background, or all pixels
+            (COCO-Stuff-27, which has no background).
+        batch_size: images a forward pass.
+        precision: float32 or bf16.
+    """
+
+    size: int = 512
+    prototype: PrototypeConfig = field(default_factory=PrototypeConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    criterion: Criterion = "iou"
+    many_to_one: bool = False
+    unit: Literal["image", "pixel"] = "image"
+    batch_size: int = 16
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise InputError(f"--criterion is {self.criterion!r}; it can be iou, count or image")
+        if self.unit not in ("image", "pixel"):
+            raise InputError(f"--unit is {self.unit!r}; it can be image or pixel")
+        if self.unit == "pixel" and self.criterion == "image":
+            raise InputError("--criterion image needs --unit image: it counts images by cluster")
+        if min(self.size, self.batch_size) < 1:
+            raise InputError("--size and --batch-size must be at least 1")
+        require_precision(self.precision)
+
+    def require(self, encoder: Encoder) -> None:
+        """Raises InputError where the network cannot do this: said before any work."""
+        if self.unit == "image" and self.prototype.foreground != "mask":
+            encoder.require("saliency")

@@ -1,0 +1,131 @@
+"""What K-means and retrieval keep of every image: one vector, and two rows of counts.
+
+A pixel's prediction is its image's cluster (or class) inside the predicted foreground and 0
+outside. So an image adds its class counts inside to one column and those outside to column 0, for
+any number of clusterings.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipeline.whole_images import WholeImage, WholeImages, resize_nearest
+from evaluation.features import own_batches, precision
+from evaluation.miou import Counts, confusion
+from evaluation.prototypes import PrototypeConfig, image_prototypes, saliency_masks
+from trainer.distributed import Ranks, all_gather_rows, gather_counts
+from trainer.encoder import Encoder
+
+Resolution = Literal["label", "image"]
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """Of n images, by sample id.
+
+    Attributes:
+        vectors: float32 [n, D], unit length; zero where nothing was predicted.
+        inside, outside: int64 [n, C], pixels of each true class in and out of the foreground.
+        sample_ids: int64 [n].
+    """
+
+    vectors: NDArray[np.float32]
+    inside: Counts
+    outside: Counts
+    sample_ids: NDArray[np.int64]
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """[n], whether anything was predicted."""
+        found: NDArray[np.bool_] = np.abs(self.vectors).sum(1) > 0
+        return found
+
+    def confusion(self, assignment: NDArray[np.int64], columns: int) -> Counts:
+        """int64 [C, columns]: pixels of each true class in each image's column; 0 is background.
+
+        Args:
+            assignment: int64 [n], column of each image's foreground.
+            columns: how many.
+        """
+        matrix = np.zeros((columns, self.inside.shape[1]), np.int64)
+        np.add.at(matrix, assignment, self.inside)
+        matrix[0] += self.outside.sum(0)
+        return np.ascontiguousarray(matrix.T)
+
+    def images_together(self, assignment: NDArray[np.int64], columns: int) -> Counts:
+        """int64 [C, columns]: images in which a class and a column occur together."""
+        present = ((self.inside + self.outside) > 0).astype(np.int64)
+        matrix = np.zeros((columns, present.shape[1]), np.int64)
+        np.add.at(matrix, assignment, present)
+        matrix[0] = present.sum(0)  # every image has background
+        return np.ascontiguousarray(matrix.T)
+
+    def binary(self) -> Counts:
+        """int64 [C, 2]: pixels of each true class outside and inside the foreground."""
+        return np.stack([self.outside.sum(0), self.inside.sum(0)], 1)
+
+
+@torch.inference_mode()
+def collect_statistics(
+    encoder: Encoder,
+    images: WholeImages,
+    prototype: PrototypeConfig,
+    ranks: Ranks,
+    batch_size: int = 16,
+    precision_name: str = "float32",
+    resolution: Resolution = "label",
+    title: str = "embedding",
+) -> ImageStatistics:
+    """Vectors and counts of all images, on every rank, by sample id; a collective.
+
+    Args:
+        encoder: embeds them.
+        images: with labels.
+        prototype: how an image's vector is taken.
+        ranks: that share the work.
+        batch_size: images a forward pass.
+        precision_name: float32 or bf16.
+        resolution: at which pixels are counted: the label's own, or the image's square.
+        title: of the progress bar.
+    """
+    encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classes = len(images.classes)
+    vectors, counts, numbers = [], [], []
+    for batch, pixels in own_batches(images, batch_size, ranks, title):
+        with precision(precision_name, ranks.device):
+            if prototype.foreground == "mask":
+                embeddings = encoder.embeddings(pixels)
+                saliency = saliency_masks(batch, images.size).to(ranks.device)
+            else:
+                embeddings, saliency = encoder.embed(pixels)
+        prototypes, foreground = image_prototypes(embeddings, saliency, prototype)
+        for image, one in zip(batch, foreground.cpu(), strict=True):
+            counts.append(_class_counts(image, one, classes, resolution))
+            numbers.append(image.sample_id)
+        vectors.append(prototypes.cpu())
+    mine = torch.cat(vectors) if vectors else torch.zeros(0, encoder.network.config.embedding_dim)
+    tables = torch.from_numpy(np.array(counts, np.int64).reshape(-1, 2, classes))
+    held = gather_counts(len(numbers), ranks)
+    on_device = (mine, tables, torch.tensor(numbers, dtype=torch.int64))
+    gathered = [all_gather_rows(part.to(ranks.device), held, ranks).cpu() for part in on_device]
+    order = gathered[2].argsort()
+    all_vectors, all_tables, all_numbers = (part[order].numpy() for part in gathered)
+    return ImageStatistics(all_vectors, all_tables[:, 1], all_tables[:, 0], all_numbers)
+
+
+def _class_counts(
+    image: WholeImage, foreground: torch.Tensor, classes: int, resolution: Resolution
+) -> Counts:
+    """int64 [2, C]: pixels of each true class outside and inside."""
+    label = image.label
+    if resolution == "image":
+        size = (foreground.shape[0], foreground.shape[1])
+        label = resize_nearest(torch.tensor(label), size).numpy()
+        prediction = foreground.numpy()
+    else:
+        height, width = label.shape
+        prediction = resize_nearest(foreground.to(torch.uint8), (height, width)).numpy()
+    return np.ascontiguousarray(confusion(label, prediction, classes, 2).T)
