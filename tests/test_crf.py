@@ -140,10 +140,15 @@ def test_a_point_is_the_weighted_mean_of_its_simplexs_vertices(dimensions: int) 
     np.testing.assert_allclose(distance, steps * size * np.sqrt(2 / 3), rtol=1e-3)
 
 
-@pytest.mark.parametrize("dimensions", [1, 2, 5])
-def test_the_lattice_filters_as_one_that_looks_its_neighbours_up(dimensions: int) -> None:
+@pytest.mark.parametrize("line", [0.0, 1.0])
+@pytest.mark.parametrize("dimensions", [1, 2, 3, 5])
+def test_the_lattice_filters_as_one_that_looks_its_neighbours_up(
+    dimensions: int, line: float
+) -> None:
     generator = np.random.default_rng(1)
-    points = generator.normal(0, 1, (dimensions, 60))
+    points = generator.normal(0, 1 - 0.9 * line, (dimensions, 60))
+    # along this line a vertex's first coordinate stays; its ends must not become neighbours
+    points[:2] += line * generator.uniform(-3, 3, 60) * np.array([[1], [-(3**0.5)]])[:dimensions]
     values = generator.random((60, 2), np.float32)
     nearest, rank, weights = _simplices(points)
     size = dimensions + 1
