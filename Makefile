@@ -16,7 +16,7 @@ help:
 # The stamp depends on what is installed, so that an unchanged clone installs nothing twice.
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dali,deepspeed,dev,masks,parquet,s3]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dali,deepspeed,dev,export,masks,parquet,s3]'
 	touch $@
 
 demo: $(VENV)/.installed

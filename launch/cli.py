@@ -90,6 +90,12 @@ def evaluate(context: typer.Context) -> None:
     sys.exit(run(command, num_processes))
 
 
+@app.command(context_settings=_FORWARD)
+def export(context: typer.Context) -> None:
+    """Write a network for other programs: `maskbank export NETWORK --format onnx --output FILE`."""
+    sys.exit(run(module_command("trainer.export_cli", context.args)))
+
+
 @app.command(context_settings={**_FORWARD, "allow_interspersed_args": False})
 def submit(context: typer.Context) -> None:
     """Hand work to SLURM: `maskbank submit train --nodes 2 … -- ARGUMENTS`, and chains of jobs."""

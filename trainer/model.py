@@ -39,17 +39,7 @@ class PixelEncoder(nn.Module):
             config.backbone, config.output_stride, config.timm_images
         )
         width = config.decoder_channels
-        pyramid = ASPP(channels, list(config.atrous_rates), width)
-        for module in pyramid.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = config.dropout
-        # torchvision's DeepLabHead without its last layer, with its names
-        self.decoder = nn.Sequential(
-            pyramid,
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        )
+        self.decoder = deeplab_decoder(channels, config)
         self.embedding_head = nn.Conv2d(width, config.embedding_dim, 1)
         self.saliency_head = nn.Conv2d(width, 1, 1, bias=False)
         for part in self._frozen():
@@ -91,6 +81,24 @@ class PixelEncoder(nn.Module):
                     f"{_parts_near(self.backbone, name)}"
                 )
         return [part for part in parts if part is not None]
+
+
+def deeplab_decoder(channels: int, config: ModelConfig) -> nn.Sequential:
+    """torchvision's DeepLabHead without its last layer, with its names.
+
+    From features [B, channels, h, w] to [B, decoder_channels, h, w].
+    """
+    width = config.decoder_channels
+    pyramid = ASPP(channels, list(config.atrous_rates), width)
+    for module in pyramid.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config.dropout
+    return nn.Sequential(
+        pyramid,
+        nn.Conv2d(width, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    )
 
 
 def _part(module: nn.Module, name: str) -> nn.Module | nn.Parameter | None:

@@ -1,37 +1,19 @@
 """Where a network starts: ImageNet, MoCo v2, DINO, or any safetensors file or state dict."""
 
-import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
 from trainer.model import PixelEncoder
 from trainer.settings import RESNETS, TIMM
 from trainer.timm_weights import pretrained_state, timm_state
+from trainer.weight_files import known_unused, our_names, read_tensors
 
 log = logging.getLogger(__name__)
-
-# What checkpoints of others put before their names, and what that part is called here.
-_PREFIXES = (
-    ("module.encoder_q.", "backbone."),  # MoCo v1 and v2
-    ("module.model_q.", ""),  # released MaskContrast
-    ("model_q.", ""),
-    ("module.", ""),
-)
-_RENAMED = (("head.", "embedding_head."), ("classification_head.", "saliency_head."))
-# image-level heads: of classifiers, of MoCo, and of timm's networks
-_WITHOUT_USE = (
-    *("fc.", "backbone.fc.", "backbone.head.", "backbone.head_dist.", "backbone.head_drop."),
-    *("backbone.classifier.", "backbone.attn_pool.", "backbone.pre_logits."),
-)
-_WRAPPERS = ("teacher", "state_dict", "model")  # of checkpoints, around the network's tensors
 
 
 @dataclass(frozen=True)
@@ -67,44 +49,16 @@ def load_start(encoder: PixelEncoder, start: str) -> LoadReport | None:
     elif start == "imagenet":
         state = _imagenet(config.backbone)
     else:
-        state = _our_names(read_tensors(Path(start)))
+        state, _ = our_names(read_tensors(Path(start)))
     report = load_matching(encoder, state, start)
     log.info("start %s: %s", start, report)
     return report
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a `.safetensors` or torch file; never unpickles objects."""
-    try:
-        if path.suffix == ".safetensors":
-            raw: Any = load_file(path)
-        else:
-            # DINO's full checkpoints hold their arguments, which are a plain record
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                raw = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"model.start: there is no file {path}") from None
-    except IsADirectoryError:
-        raise InputError(f"model.start: {path} is a folder; name a file in it") from None
-    except Exception as error:  # the safe unpickler raises anything on a stranger's bytes
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise InputError(
-            f"model.start: {path} cannot be read as tensors ({reason}); "
-            "expected safetensors or a state dict"
-        ) from None
-    for wrapper in _WRAPPERS:
-        if isinstance(raw, dict) and isinstance(raw.get(wrapper), dict):
-            raw = raw[wrapper]
-    state = {k: v for k, v in raw.items() if isinstance(v, Tensor)} if isinstance(raw, dict) else {}
-    if not state:
-        raise InputError(f"model.start: {path} holds no named tensors")
-    return state
-
-
 def load_matching(module: nn.Module, state: dict[str, Tensor], origin: str) -> LoadReport:
     """Copies every tensor of `state` that `module` has, after checking all of their shapes."""
     own = module.state_dict()
-    unexpected = [n for n in state if n not in own and not n.startswith(_WITHOUT_USE)]
+    unexpected = [n for n in state if n not in own and not known_unused(n)]
     loaded = [name for name in own if name in state]
     for name in loaded:
         if own[name].shape != state[name].shape:
@@ -123,6 +77,34 @@ def load_matching(module: nn.Module, state: dict[str, Tensor], origin: str) -> L
     return LoadReport(tuple(loaded), tuple(missing), tuple(unexpected))
 
 
+def load_exactly(module: nn.Module, state: dict[str, Tensor], origin: str, other: str) -> None:
+    """Copies `state` to `module`, which has the same tensors; counters of batch norms may miss.
+
+    Args:
+        module: takes them.
+        state: its tensors by name.
+        origin: how to call where `state` is from.
+        other: how to call what says how `module` is built.
+
+    Raises:
+        InputError: a tensor is missing, too many, or of another shape.
+    """
+    own = module.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        if name.endswith("num_batches_tracked") and name not in state:
+            continue
+        if _shape(state, name) != _shape(own, name):
+            raise InputError(
+                f"{origin} is of another architecture than {other}: {name} is "
+                f"{_shape(state, name)} there, and {_shape(own, name)} by the latter"
+            )
+    module.load_state_dict(state, strict=False)
+
+
+def _shape(state: dict[str, Tensor], name: str) -> str:
+    return str(list(state[name].shape)) if name in state else "missing"
+
+
 def _imagenet(backbone: str) -> dict[str, Tensor]:
     if backbone not in RESNETS:
         raise InputError(f"model.start is imagenet, but there are no such weights for {backbone}")
@@ -135,24 +117,6 @@ def _imagenet(backbone: str) -> dict[str, Tensor]:
             "on a machine with a network and give it as model.start=FILE"
         ) from None
     return {f"backbone.{name}": value for name, value in network.state_dict().items()}
-
-
-def _our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix, ours in _PREFIXES:
-        chosen = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-        if chosen:
-            state = {ours + name: value for name, value in chosen.items()}
-            break
-    if "conv1.weight" in state:  # a plain torchvision ResNet
-        state = {f"backbone.{name}": value for name, value in state.items()}
-    return {_rename(name): value for name, value in state.items()}
-
-
-def _rename(name: str) -> str:
-    for theirs, ours in _RENAMED:
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
 
 
 def _short(names: list[str] | tuple[str, ...]) -> str:
