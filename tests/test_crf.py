@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 
 import evaluation.crf
 from data_pipeline.errors import InputError
@@ -44,7 +45,8 @@ def _features(image: NDArray[np.uint8], sigma: float, colour: float | None) -> N
 
 def _dense_gaussian(points: NDArray[np.float64]) -> NDArray[np.float64]:
     """The kernel matrix [n, n] of points [d, n]."""
-    return np.exp(-0.5 * ((points[:, :, None] - points[:, None]) ** 2).sum(0))
+    kernel: NDArray[np.float64] = np.exp(-0.5 * cdist(points.T, points.T, "sqeuclidean"))
+    return kernel
 
 
 def _lattice_gaussian(points: NDArray[np.float64]) -> NDArray[np.float64]:
