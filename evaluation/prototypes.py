@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from data_pipeline.errors import InputError
 from data_pipeline.sample import IGNORE
 from data_pipeline.whole_images import WholeImage, resize_nearest
+from trainer.model import upsample
 
 Foreground = Literal["logit", "probability", "mask"]
 Pooling = Literal["weighted", "normalized"]
@@ -53,18 +54,35 @@ def image_prototypes(
 ) -> tuple[Tensor, Tensor]:
     """Vectors [B, D] of unit length, zero where an image has no foreground, and the foreground.
 
+    Embeddings at the stride stand for what they are when they are upsampled to the saliency's size.
+
     Args:
-        embeddings: [B, D, H, W], not normalised.
+        embeddings: [B, D, h, w], not normalised.
         saliency: logits [B, H, W], or the data set's masks, 0 and 1.
         config: how.
     """
     foreground = foreground_of(saliency, config)
     if config.pooling == "weighted":
         weight = saliency * foreground
+        # Σ w · (U e) = Σ (Uᵀ w) · e: the weights go to the stride, instead of D channels from there
+        height, width = embeddings.shape[2:]
+        weight = _resampling(weight, 1, height).mT @ weight @ _resampling(weight, 2, width)
+        embeddings = embeddings.to(weight.dtype)
     else:
-        embeddings = F.normalize(embeddings, dim=1)
+        embeddings = F.normalize(upsample(embeddings, _size(saliency)), dim=1)
         weight = foreground.to(embeddings.dtype)
     return F.normalize(torch.einsum("bdhw,bhw->bd", embeddings, weight), dim=1), foreground
+
+
+def _resampling(weight: Tensor, axis: int, small: int) -> Tensor:
+    """The matrix [large, small] of `upsample` along an axis of `weight`."""
+    each = torch.eye(small, dtype=weight.dtype, device=weight.device)[None]
+    matrix: Tensor = F.interpolate(each, weight.shape[axis], mode="linear", align_corners=False)
+    return matrix[0].mT
+
+
+def _size(saliency: Tensor) -> tuple[int, int]:
+    return saliency.shape[1], saliency.shape[2]
 
 
 def saliency_masks(images: list[WholeImage], size: int) -> Tensor:

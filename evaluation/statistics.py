@@ -18,6 +18,7 @@ from evaluation.miou import Counts, confusion
 from evaluation.prototypes import PrototypeConfig, image_prototypes, saliency_masks
 from trainer.distributed import Ranks, all_gather_rows, gather_counts
 from trainer.encoder import Encoder
+from trainer.model import upsample
 
 Resolution = Literal["label", "image"]
 
@@ -96,12 +97,12 @@ def collect_statistics(
     vectors, counts, numbers = [], [], []
     for batch, pixels in own_batches(images, batch_size, ranks, title):
         with precision(precision_name, ranks.device):
+            output = encoder.network(pixels)
             if prototype.foreground == "mask":
-                embeddings = encoder.embeddings(pixels)
                 saliency = saliency_masks(batch, images.size).to(ranks.device)
             else:
-                embeddings, saliency = encoder.embed(pixels)
-        prototypes, foreground = image_prototypes(embeddings, saliency, prototype)
+                saliency = upsample(output.saliency, (images.size, images.size))[:, 0]
+        prototypes, foreground = image_prototypes(output.embedding, saliency, prototype)
         for image, one in zip(batch, foreground.cpu(), strict=True):
             counts.append(_class_counts(image, one, classes, resolution))
             numbers.append(image.sample_id)

@@ -1,13 +1,22 @@
 """One vector an image: both poolings against a loop over the pixels."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from evaluation.prototypes import PrototypeConfig, foreground_of, image_prototypes
+from data_pipeline.whole_images import WholeImage
+from evaluation.prototypes import (
+    PrototypeConfig,
+    foreground_of,
+    image_prototypes,
+    saliency_masks,
+)
+from trainer.model import upsample
 
 
 def slow_prototype(embedding: Tensor, saliency: Tensor, config: PrototypeConfig) -> list[float]:
@@ -84,3 +93,31 @@ def test_only_the_poolings_weigh_differently() -> None:
 def test_other_words_are_refused(name: str, value: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         PrototypeConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pooling", ["weighted", "normalized"])
+def test_embeddings_at_the_stride_stand_for_upsampled_ones(pooling: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(3, 5, 6, 4, generator=draw, dtype=torch.float64)
+    saliency = torch.randn(3, 45, 33, generator=draw, dtype=torch.float64)
+    config = PrototypeConfig(pooling=pooling)  # type: ignore[arg-type]
+    found, foreground = image_prototypes(embeddings, saliency, config)
+    large = upsample(embeddings, (45, 33))
+    expected, same = image_prototypes(large, saliency, config)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(foreground, same)
+    assert found.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_given_masks_are_the_foreground() -> None:
+    mask = np.array([[0, 3], [255, 1]], np.uint8)  # two objects and an ignored pixel
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    image = WholeImage(0, "a", torch.zeros(3, 2, 2), np.zeros((2, 2), np.int16), mask, pixels)
+    masks = saliency_masks([image], 2)
+    assert masks.tolist() == [[[0, 1], [0, 1]]]
+    embeddings = torch.tensor([[[[9.0, 3], [9, 0]], [[9, 0], [9, 4]]]])
+    vectors, foreground = image_prototypes(embeddings, masks, PrototypeConfig("mask"))
+    assert foreground.tolist() == [[[False, True], [False, True]]]
+    assert vectors[0].tolist() == pytest.approx([3 / 5, 4 / 5])
+    with pytest.raises(InputError, match="a has no saliency mask, which --foreground mask takes"):
+        saliency_masks([replace(image, mask=None)], 2)
