@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from evaluation.matching import Criterion, match_clusters, merge_columns
 from evaluation.miou import score
+from evaluation.statistics import ImageStatistics
 
 Matrix = NDArray[np.int64]
 
@@ -114,3 +115,24 @@ def test_no_assignment_is_better(criterion: Criterion, shape: tuple[int, int], s
     merged = merge_columns(matrix, match)
     assert merged.shape == (shape[0], shape[0] + 1)
     assert merged.sum(1).tolist() == matrix.sum(1).tolist()
+
+
+def test_images_are_matched_by_how_often_class_and_cluster_meet() -> None:
+    # pixels speak for 0 → 0, 1 → 1; cluster 0 is in more images of class 1
+    pixels = np.array([[100, 5], [3, 50]])
+    images = np.array([[1, 3], [4, 1]])
+    assert match_clusters(pixels, "image", images=images).tolist() == [1, 0]
+    many = match_clusters(pixels, "image", many_to_one=True, images=np.array([[5, 2], [4, 1]]))
+    assert many.tolist() == [0, 0]
+
+
+def test_statistics_count_images_in_which_class_and_cluster_meet() -> None:
+    inside = np.array([[0, 9, 0], [0, 2, 5], [0, 0, 0]])
+    outside = np.array([[7, 0, 0], [3, 0, 0], [4, 0, 1]])
+    vectors = np.ones((3, 2), np.float32)
+    statistics = ImageStatistics(vectors, inside, outside, np.arange(3))
+    assignment = np.array([2, 1, 0])
+    # columns: background of all images; cluster 1: image 1; cluster 2: image 0
+    assert statistics.images_together(assignment, 3).tolist() == [[3, 1, 1], [2, 1, 1], [2, 1, 0]]
+    assert statistics.confusion(assignment, 3).tolist() == [[14, 0, 0], [0, 2, 9], [1, 5, 0]]
+    assert statistics.binary().tolist() == [[14, 0], [0, 11], [1, 5]]

@@ -5,6 +5,7 @@ import json
 import re
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from data_pipeline.sample import (
     Policy,
     RawSample,
     decode_grey,
+    decode_label,
     decode_mask,
     decode_rgb,
+    encode_png,
     pack_sample,
 )
 from tests.sample_data import HEIGHT, WIDTH, encode, object_mask, palette_png, picture
@@ -401,3 +404,22 @@ def test_decode_grey_refuses_what_no_shard_holds() -> None:
         decode_grey(encode(picture()), "mask")
     with pytest.raises(SampleError, match="cannot be decoded"):
         decode_grey(encode(object_mask(), "GIF"), "mask")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_labels_of_both_depths_are_decoded_to_one_form(dtype: Any) -> None:
+    ignored = np.iinfo(dtype).max
+    label = np.array([[0, 7, ignored], [254, 1, 0]], dtype)
+    found = decode_label(encode_png(label))
+    assert found.dtype == np.int16
+    assert found.tolist() == [[0, 7, -1], [254, 1, 0]]
+
+
+def test_labels_that_are_none_are_refused() -> None:
+    with pytest.raises(SampleError, match="has class 40000"):
+        decode_label(encode_png(np.full((2, 2), 40000, np.uint16)))
+    image = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(image, "PNG")
+    with pytest.raises(SampleError, match="is RGB, not grey"):
+        decode_label(image.getvalue())
+    assert decode_label(encode_png(np.full((1, 1), 255, np.uint16))).tolist() == [[255]]

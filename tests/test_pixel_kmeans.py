@@ -1,0 +1,98 @@
+"""K-means of all pixels: known answers, a plain implementation, and several ranks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from data_pipeline.errors import InputError
+from data_pipeline.labelled import ShardSet, labelled_shards
+from data_pipeline.manifest import read_manifest
+from data_pipeline.whole_images import WholeImages, normalise
+from evaluation.cluster import ClusterConfig, Clusters
+from evaluation.kmeans import evaluate_kmeans
+from evaluation.kmeans_config import KMeansConfig
+from evaluation.pixel_kmeans import nearest_centres
+from evaluation.result import Result
+from tests.evaluation_data import block_shards, oracle, random_encoder, scene_shards
+from tests.ranks import run_on_ranks
+from trainer.distributed import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+PIXELS = KMeansConfig(
+    40, cluster=ClusterConfig(4, pca=0, seeds=(1234, 1235)), criterion="count", unit="pixel",
+    batch_size=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return scene_shards(tmp_path_factory.mktemp("scenes") / "shards", 9)
+
+
+def test_a_network_that_knows_everything_scores_100(tmp_path: Path) -> None:
+    blocks = block_shards(tmp_path / "shards", [1, 2, 3, 0, 2])
+    config = KMeansConfig(
+        48, cluster=ClusterConfig(4, "full", pca=0, seeds=(0,)), criterion="count", unit="pixel"
+    )
+    result, clustering = evaluate_kmeans(oracle([blocks], 48), blocks, config, ALONE)
+    assert result.iou.tolist() == [100] * 4
+    assert (result.pixel_accuracy, result.foreground_iou) == (100, 100)
+    assert sorted(clustering.class_of_cluster.tolist()) == [0, 1, 2, 3]
+    assert clustering.cluster_of_sample == {}
+
+
+def test_every_pixel_is_in_the_cluster_of_its_nearest_centre(scenes: ShardSet) -> None:
+    """Counted pixel by pixel with the centres that were found."""
+    encoder = random_encoder()
+    result, clustering = evaluate_kmeans(encoder, scenes, PIXELS, ALONE)
+    matrix = np.zeros((11, 12), np.int64)
+    centres = clustering.clusters.centres
+    assert centres.shape == (4, 6)
+    images = WholeImages(scenes, 40, 1)
+    for image in (images.read(i) for i in range(len(images))):
+        pixels = normalise(image.pixels)[None].contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            unit = F.normalize(encoder.embeddings(pixels), dim=1)[0].double().numpy()
+        distance = ((unit[None] - centres[:, :, None, None]) ** 2).sum(1)
+        prediction = clustering.class_of_cluster[distance.argmin(0)]
+        height, width = image.label.shape
+        rows = ((np.arange(height, dtype=np.float32) + 0.5) * np.float32(40 / height)).astype(int)
+        columns = ((np.arange(width, dtype=np.float32) + 0.5) * np.float32(40 / width)).astype(int)
+        large = prediction[rows][:, columns]
+        kept = image.label >= 0
+        np.add.at(matrix, (image.label[kept], large[kept]), 1)
+    assert np.abs(result.confusion - matrix).sum() <= 4, "all but pixels at ties"
+    assert (matrix.sum(0) > 0).sum() == 4
+
+
+def test_whitened_directions_are_part_of_the_distance() -> None:
+    draw = np.random.default_rng(0)
+    clusters = Clusters(draw.normal(size=5), draw.normal(size=(5, 3)), draw.normal(size=(7, 3)))
+    embeddings = torch.from_numpy(draw.normal(size=(2, 5, 4, 6)))
+    flat = embeddings.permute(0, 2, 3, 1).reshape(-1, 5).numpy()
+    expected = clusters.assign(flat).reshape(2, 4, 6)
+    assert nearest_centres(embeddings, clusters).tolist() == expected.tolist()
+
+
+def test_images_cannot_be_counted_by_cluster() -> None:
+    with pytest.raises(InputError, match="--criterion image needs --unit image"):
+        KMeansConfig(criterion="image", unit="pixel")
+    with pytest.raises(InputError, match="--unit is 'object'"):
+        KMeansConfig(unit="object")  # type: ignore[arg-type]
+
+
+def _evaluate(ranks: Ranks, shards: Path) -> Result:
+    samples = labelled_shards(read_manifest(shards))
+    return evaluate_kmeans(random_encoder(), samples, PIXELS, ranks, threads=1)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_change_nothing(scenes: ShardSet, world_size: int) -> None:
+    [alone] = run_on_ranks(_evaluate, 1, scenes.manifest.root)
+    for result in run_on_ranks(_evaluate, world_size, scenes.manifest.root):
+        assert result.confusion.tolist() == alone.confusion.tolist()
+        assert result.values == alone.values
