@@ -23,6 +23,9 @@ TITLES = {
     "retrieval-7": "retrieval, 7 classes",
     "retrieval-21": "retrieval, all classes",
     "transfer": "transfer of a classifier",
+    "davis-saliency": "video, the predicted foreground",
+    "davis-classifier": "video, linear foreground classifier",
+    "davis-propagation": "video, the first frame's mask propagated",
 }
 
 
@@ -45,6 +48,7 @@ class Result:
         data_set: its name, where it has one (`datasets.py`).
         metrics: further figures by name, one for each seed.
         measure: what `values` are.
+        parts: figures of each part of the data set, as a video, by name; the same for each part.
     """
 
     protocol: str
@@ -62,6 +66,7 @@ class Result:
     data_set: str = ""
     metrics: dict[str, tuple[float, ...]] = field(default_factory=dict)
     measure: str = "mIoU"
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -121,6 +126,7 @@ class Result:
             "images": self.images,
             "seconds": round(self.seconds, 2),
             "options": self.options,
+            **({"parts": self.parts} if self.parts else {}),
         }
 
     def as_markdown(self) -> str:
@@ -145,18 +151,17 @@ class Result:
             self.classes, self.iou, self.confusion.sum(1).tolist(), strict=True
         ):
             lines.append(f"| {name.replace('|', '/')} | {_shown(iou)} | {count} |")
+        if self.parts:
+            figures = list(next(iter(self.parts.values())))
+            lines += ["", f"| part | {' | '.join(figures)} |", "|---" * (1 + len(figures)) + "|"]
+        for name, part in self.parts.items():
+            row = " | ".join(_figure(part[figure]) for figure in figures)
+            lines.append(f"| {name.replace('|', '/')} | {row} |")
         return "\n".join(lines) + "\n"
 
     def show(self, console: Console) -> None:
-        """Prints the per-class table, the figures, and what was published."""
-        table = Table()
-        table.add_column("class")
-        table.add_column("IoU %", justify="right")
-        table.add_column("", width=20)
-        for name, iou in zip(self.classes, self.iou, strict=True):
-            bar = "" if np.isnan(iou) else "█" * round(iou / 5)
-            table.add_row(Text(name), _shown(iou), bar)
-        console.print(table)
+        """Prints the table of parts or classes, the figures, and what was published."""
+        console.print(self._table_of_parts() if self.parts else self._table_of_classes())
         console.print(
             f"{self.title} of the {self.network} network at step {self.step}, "
             f"{self.images} images: [bold]{self.measure} {self.mean:.1f}[/]{self._spread()}"
@@ -170,6 +175,26 @@ class Result:
         for one in self.published:
             console.print(f"published: {one.metric} {one.value:.1f}, {one.what}", style="dim")
 
+    def _table_of_classes(self) -> Table:
+        table = Table()
+        table.add_column("class")
+        table.add_column("IoU %", justify="right")
+        table.add_column("", width=20)
+        for name, iou in zip(self.classes, self.iou, strict=True):
+            bar = "" if np.isnan(iou) else "█" * round(iou / 5)
+            table.add_row(Text(name), _shown(iou), bar)
+        return table
+
+    def _table_of_parts(self) -> Table:
+        figures = list(next(iter(self.parts.values())))
+        table = Table()
+        table.add_column("")
+        for figure in figures:
+            table.add_column(figure, justify="right")
+        for name, values in self.parts.items():
+            table.add_row(Text(name), *(_figure(values[figure]) for figure in figures))
+        return table
+
     def _spread(self) -> str:
         return f" ± {self.std:.1f} over {len(self.values)} seeds" if len(self.values) > 1 else ""
 
@@ -180,7 +205,7 @@ def title_of(protocol: str) -> str:
         return TITLES[protocol]
     start, _, last = protocol.rpartition("-")
     if start.startswith("kmeans"):
-        named = "K-means, one to one" if start == "kmeans" else TITLES[start]
+        named = "K-means, one to one" if start == "kmeans" else TITLES.get(start, start)
         return f"{named}, K = {last}"
     if start == "retrieval":
         return TITLES["retrieval-21"]
@@ -196,6 +221,11 @@ def mean_and_spread(values: tuple[float, ...]) -> str:
         return "–"
     mean = f"{np.mean(finite):.1f}"
     return f"{mean} ± {np.std(finite, ddof=1):.1f}" if len(finite) > 1 else mean
+
+
+def _figure(value: float) -> str:
+    """A percentage, or a count as it is."""
+    return str(value) if isinstance(value, int) else _shown(value)
 
 
 def _shown(percent: float) -> str:

@@ -1,0 +1,123 @@
+"""`maskbank evaluate video`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from data_pipeline.errors import InputError
+from data_pipeline.labelled import LabelledSet
+from evaluation.commands import options as common
+from evaluation.label_propagation import PropagationConfig
+from evaluation.prototypes import PrototypeConfig
+from evaluation.result import Result
+from evaluation.saved_head import SavedHead, read_head
+from evaluation.video import READINGS, Reading, VideoConfig, evaluate_video, sequences_of
+from trainer.distributed import Ranks, cores_per_rank, same_on_all_ranks
+
+
+def video(
+    network: common.Network,
+    shards: common.Shards = None,
+    data_set: common.Named = None,
+    root: common.Root = None,
+    split: common.Split = None,
+    initial: common.Initial = False,
+    output: common.Output = None,
+    readings: Annotated[
+        str, typer.Option(help="Some of saliency, classifier, propagation; commas between.")
+    ] = ",".join(READINGS),
+    size: common.Size = None,
+    foreground: common.Foreground = "logit",
+    threshold: common.Threshold = 0.5,
+    head: Annotated[
+        Optional[Path],  # noqa: UP045 (typer)
+        typer.Option(help="The classifier; default: linear-NETWORK.safetensors of the results."),
+    ] = None,
+    features: Annotated[
+        str, typer.Option(help="What propagation compares: embedding or decoder.")
+    ] = "embedding",
+    top_k: Annotated[int, typer.Option(help="Features whose labels one takes.")] = 10,
+    context: Annotated[int, typer.Option(help="Latest frames, besides the first.")] = 20,
+    radius: Annotated[int, typer.Option(help="Of the neighbourhood, in features; 0: all.")] = 12,
+    temperature: Annotated[float, typer.Option(help="Of the similarities.")] = 0.05,
+    write: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the masks, as davis-READING/SEQUENCE/00000.png."),
+    ] = None,
+    precision: common.Precision = "float32",
+    device: common.Device = "auto",
+    html: common.Html = False,
+) -> None:
+    """Objects of videos, DAVIS-2016: J, F and their mean, in three readings, which are ours.
+
+    `saliency`: the predicted foreground as it is. `classifier`: a linear one, which
+    `maskbank evaluate linear NETWORK --data-set davis-2016` learns on the training sequences.
+    `propagation`: the first frame's mask, carried on by similar features.
+
+    Examples: `maskbank evaluate video runs/voc --data-set davis-2016 --root DAVIS`;
+    `maskbank evaluate video runs/voc --shards shards/davis-val --readings propagation`
+    """
+    with same_on_all_ranks():
+        source = common.source(data_set, root, split)
+        propagation = PropagationConfig(top_k, context, radius, temperature)
+        config = _config(source.size(size), foreground, threshold, features, propagation, precision)
+        chosen = _readings(readings)
+        subject = common.open_subject(network, initial, output)
+        samples = source.open("test", shards, "--shards")
+        sequences_of(samples)
+        classifier = _head(head, subject, source) if "classifier" in chosen else None
+    ranks = common.start(device)
+    common.check_samples(samples, ranks)
+    results = run_video(subject, samples, chosen, config, ranks, classifier, write)
+    common.finish(results, subject, source, ranks, html)
+
+
+def _config(
+    size: int, foreground: Any, threshold: float, features: Any, propagation: PropagationConfig,
+    precision: str,
+) -> VideoConfig:  # fmt: skip
+    """The options, which the configurations check."""
+    prototype = PrototypeConfig(foreground, threshold)
+    return VideoConfig(size, prototype, features, propagation, precision)
+
+
+def _readings(text: str) -> list[Reading]:
+    """The readings that an option names, in the order of `READINGS`."""
+    named = [name.strip() for name in text.split(",")]
+    wrong = [name for name in named if name not in READINGS]
+    if wrong:
+        raise InputError(f"--readings has {wrong[0]!r}; it can have {', '.join(READINGS)}")
+    return [reading for reading in READINGS if reading in named]
+
+
+def _head(given: Path | None, subject: common.Subject, source: common.Source) -> SavedHead:
+    """The linear classifier: a file, or what `evaluate linear` left."""
+    folder = subject.folder / "evaluation" / source.name
+    path = given or folder / f"linear-{subject.name}.safetensors"
+    if given is None and not path.is_file():
+        raise InputError(
+            f"the reading classifier needs {path}: learn it with `maskbank evaluate linear` on the "
+            "training sequences, give --head FILE, or leave it out: --readings "
+            "saliency,propagation"
+        )
+    return read_head(path)
+
+
+def run_video(
+    subject: common.Subject,
+    samples: LabelledSet,
+    readings: list[Reading],
+    config: VideoConfig,
+    ranks: Ranks,
+    head: SavedHead | None = None,
+    write: Path | None = None,
+) -> list[Result]:
+    """One result for each reading."""
+    threads = cores_per_rank()
+    return [
+        evaluate_video(
+            *(subject.encoder, samples, one, config, ranks, subject.name, threads, head, write)
+        )
+        for one in readings
+    ]
