@@ -1,30 +1,31 @@
 """Linear classifier evaluation (MaskContrast, section 4.2): a 1×1 on frozen decoder features."""
 
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
+from torch import Tensor
 
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.order import generator
+from data_pipeline.sample import UInt8
 from data_pipeline.whole_images import (
-    IGNORED,
     Label,
     WholeImage,
     WholeImages,
     normalise,
     resize_nearest,
 )
+from evaluation.augmentation import augmented
+from evaluation.crf import CrfConfig
+from evaluation.feature_cache import FeatureCache
 from evaluation.features import (
     own_batches,
     own_samples,
@@ -33,15 +34,22 @@ from evaluation.features import (
     require_precision,
     shown,
 )
-from evaluation.memory import available_memory, require_memory
-from evaluation.miou import Counts, Score, confusion, foreground_iou, score
+from evaluation.linear_classifier import LinearClassifier, image_gradients
+from evaluation.miou import Counts, score
+from evaluation.pixel_scores import (
+    ClassMap,
+    Pass,
+    count_predictions,
+    count_streamed,
+    result_of,
+)
 from evaluation.result import Result
-from trainer.distributed import Ranks, all_reduce_sum
+from trainer.distributed import Ranks, all_gather_rows, all_reduce_sum
 from trainer.encoder import Encoder
-from trainer.model import upsample
 
-_ORDER, _AUGMENT = 11, 12  # streams of the generator
+_ORDER = 11  # stream of the generator
 _Example = tuple[Tensor, Tensor]  # features [C, h, w] or pixels [3, S, S], label int16 [S, S]
+_Scored = tuple[UInt8 | None, Label, Tensor]  # image, label, logits
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class LinearConfig:
         evaluate_every: epochs between looks at the evaluation split.
         precision: float32 or bf16, of the frozen network.
         seeds: one classifier each.
+        crf: score the classifiers with a CRF as well.
     """
 
     size: int = 512
@@ -71,6 +80,7 @@ class LinearConfig:
     evaluate_every: int = 1
     precision: str = "float32"
     seeds: tuple[int, ...] = (0,)
+    crf: CrfConfig | None = None
 
     def __post_init__(self) -> None:
         if self.select not in ("best", "last"):
@@ -90,34 +100,99 @@ def evaluate_linear(
     ranks: Ranks,
     network: str = "trained",
     threads: int = 2,
-) -> Result:
-    """mIoU of a linear classifier, learned on one set of shards and scored on another.
+    cache: Path | None = None,
+) -> tuple[list[Result], LinearClassifier]:
+    """mIoU of linear classifiers, learned on one set of images and scored on another.
 
-    The sums that it learns from are those over all ranks, so the ranks change it by rounding only.
+    A collective. From equal features the ranks learn, on CPUs, the same bits for any number of
+    them (and as many threads each): gradients are added image by image, in the order of the batch.
+
+    Args:
+        encoder: whose decoder features are classified; they stay as they are.
+        train_samples, test_samples: with the same classes.
+        config: the protocol.
+        ranks: that share the work.
+        network: its name in the result.
+        threads: that read images, and that refine with the CRF.
+        cache: folder for the features that are kept, 2 bytes a value: of the images that are
+            scored and, without augmentation, of those that are learned on. Default: where the
+            system has its temporary files.
+
+    Returns:
+        Results of protocol linear and, with a CRF, linear-crf; and the first seed's classifier, of
+        the epoch that counts.
+
+    Raises:
+        InputError: different classes, nothing labelled, an image that cannot be read, or no space
+            for the features.
     """
     start = time.monotonic()
     require_comparable(train_samples, test_samples)
     encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     train_images = WholeImages(train_samples, config.size, threads)
     test_images = WholeImages(test_samples, config.size, threads)
-    train = _FeatureSet(encoder, train_images, config, ranks, own_count(test_images, ranks))
-    test = _TestSet(encoder, test_images, config, ranks)
-    scored = [_probe(train, test, config, ranks, seed) for seed in config.seeds]
-    matrix, first = scored[0]
-    return Result(
-        "linear",
-        network,
-        encoder.step,
-        tuple(one.miou for _, one in scored),
-        first.iou,
-        matrix,
-        foreground_iou(matrix),
-        first.pixel_accuracy,
-        test_samples.classes,
-        len(test_samples),
-        time.monotonic() - start,
-        asdict(config),
+    kept = own_count(test_images, ranks) + (0 if config.augment else own_count(train_images, ranks))
+    advice = "" if config.augment else ", or leave --no-augment out: it keeps the training images'"
+    with FeatureCache(cache, kept, config.size, advice) as features:
+        test = _TestSet(encoder, test_images, features, config, ranks)
+        train = _FeatureSet(encoder, train_images, features, config, ranks)
+        probes = [_probe(train, test, config, ranks, seed) for seed in config.seeds]
+        seconds = time.monotonic() - start
+        refined = [] if config.crf is None else [test.refined(one, config.crf) for _, one in probes]
+    options = asdict(config)
+    crf = options.pop("crf")
+    about = (network, encoder.step)
+    results = [
+        result_of("linear", *about, [one for one, _ in probes], test_samples, seconds, options)
+    ]
+    if refined:
+        seconds = time.monotonic() - start
+        options = {**options, "crf": crf}
+        results += [result_of("linear-crf", *about, refined, test_samples, seconds, options)]
+    return results, probes[0][1]
+
+
+def score_own_classifier(
+    encoder: Encoder,
+    samples: LabelledSet,
+    config: LinearConfig,
+    ranks: Ranks,
+    network: str = "trained",
+    threads: int = 2,
+) -> tuple[list[Result], LinearClassifier]:
+    """The same, of the classifier that came in the network's file: nothing is learned.
+
+    Of the protocol only size, batch size, precision and CRF count.
+
+    Raises:
+        InputError: the file holds none, or one of another number of classes.
+    """
+    start = time.monotonic()
+    classifier = LinearClassifier.of(encoder)
+    own, classes = len(classifier.bias), len(samples.classes)
+    if own != classes:
+        raise InputError(
+            f"the classifier of {encoder.origin} has {own} classes, and {samples} has {classes}; "
+            "take the data set that it was learned on"
+        )
+    encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    how = Pass(config.batch_size, config.precision, config.crf, "own classifier")
+    images = WholeImages(samples, config.size, threads)
+    matrices = count_streamed(
+        encoder.network.features, classifier, images, ClassMap(classes), how, ranks
     )
+    options: dict[str, Any] = {
+        "own_classifier": True, "size": config.size, "precision": config.precision
+    }  # fmt: skip
+    results = []
+    for protocol, matrix in zip(("linear", "linear-crf"), matrices, strict=False):
+        if protocol == "linear-crf" and config.crf is not None:
+            options = {**options, "crf": asdict(config.crf)}
+        seconds = time.monotonic() - start
+        results.append(
+            result_of(protocol, network, encoder.step, [matrix], samples, seconds, options)
+        )
+    return results, classifier.copy()
 
 
 def require_comparable(train: LabelledSet, test: LabelledSet) -> None:
@@ -126,45 +201,68 @@ def require_comparable(train: LabelledSet, test: LabelledSet) -> None:
         raise InputError(f"{train} and {test} have different classes; take both from one data set")
 
 
+@dataclass(frozen=True)
+class _Part:
+    """This rank's part of a batch.
+
+    Attributes:
+        examples: that it holds, in the order of the batch; maybe none.
+        owners: int64 [b], the rank that holds each image of the batch.
+    """
+
+    examples: list[_Example]
+    owners: NDArray[np.int64]
+
+
 class _FeatureSet:
-    """Decoder features and labels of the training images; cached where nothing is augmented."""
+    """Decoder features and labels of the training images; kept where nothing is augmented."""
 
     def __init__(
-        self, encoder: Encoder, images: WholeImages, config: LinearConfig, ranks: Ranks, beside: int
+        self,
+        encoder: Encoder,
+        images: WholeImages,
+        cache: FeatureCache,
+        config: LinearConfig,
+        ranks: Ranks,
     ) -> None:
-        """Fills the cache; `beside` images of the other split will have to fit in memory too."""
         self.encoder, self.images, self.config, self.ranks = encoder, images, config, ranks
         self.classes = len(images.classes)
-        self.cache: dict[int, _Example] = {}
+        self.cache = cache
+        self.place: dict[int, int] = {}  # in the cache, by sample
         if config.augment:
             return
+        size = (config.size,) * 2
         for batch, pixels in own_batches(images, config.batch_size, ranks, "train features"):
-            features = cached_features(encoder, pixels, config, ranks)
-            if not self.cache:
-                _require_memory(features, own_count(images, ranks) + beside, config)
-            for image, one in zip(batch, features, strict=True):
-                label = torch.tensor(image.label)
-                self.cache[image.sample_id] = (one, resize_nearest(label, (config.size,) * 2))
+            numbers = (image.sample_id for image in batch)
+            self.place |= {number: len(cache) + i for i, number in enumerate(numbers)}
+            labels = [resize_nearest(torch.tensor(one.label), size).numpy() for one in batch]
+            cache.add(frozen_features(encoder, pixels, config, ranks), labels)
 
-    def epoch(self, seed: int, epoch: int) -> Iterator[list[_Example]]:
-        """What this rank contributes to each batch of an epoch; maybe nothing to some."""
-        size = self.config.batch_size
+    def epoch(self, seed: int, epoch: int) -> Iterator[_Part]:
+        """What this rank contributes to each batch of an epoch."""
+        size, ranks = self.config.batch_size, self.ranks
         order = generator(seed, _ORDER, epoch).permutation(len(self.images))
         batches = [order[first : first + size] for first in range(0, len(order), size)]
         if not self.config.augment:
             for batch in batches:
-                yield [self.cache[i] for i in batch.tolist() if i in self.cache]
+                own = [self._kept_example(i) for i in batch.tolist() if i in self.place]
+                yield _Part(own, batch % ranks.world_size)
             return
         with ThreadPoolExecutor(self.images.threads) as pool:
 
             def draw(batch: NDArray[np.int64]) -> list[Future[_Example]]:
-                own = batch[self.ranks.rank :: self.ranks.world_size].tolist()
+                own = batch[ranks.rank :: ranks.world_size].tolist()
                 return [pool.submit(self._augmented, i, seed, epoch) for i in own]
 
             ahead = draw(batches[0])  # the next batch is drawn while this one is learned
-            for following in [*batches[1:], order[:0]]:
+            for batch, following in zip(batches, [*batches[1:], order[:0]], strict=True):
                 current, ahead = ahead, draw(following)
-                yield self._embedded([future.result() for future in current])
+                own = self._embedded([future.result() for future in current])
+                yield _Part(own, np.arange(len(batch)) % ranks.world_size)
+
+    def _kept_example(self, sample_id: int) -> _Example:
+        features, label = self.cache.read(self.place[sample_id])
+        return features, torch.from_numpy(label)
 
     def _augmented(self, sample_id: int, seed: int, epoch: int) -> _Example:
         return augmented(self.images.read(sample_id), self.config.size, seed, epoch)
@@ -182,51 +280,56 @@ class _TestSet:
     """The evaluation split's features; scored at the labels' own resolution."""
 
     def __init__(
-        self, encoder: Encoder, images: WholeImages, config: LinearConfig, ranks: Ranks
+        self,
+        encoder: Encoder,
+        images: WholeImages,
+        cache: FeatureCache,
+        config: LinearConfig,
+        ranks: Ranks,
     ) -> None:
-        self.images, self.config, self.ranks = images, config, ranks
-        self.cache: list[tuple[Tensor, Label]] = []
+        self.images, self.cache, self.config, self.ranks = images, cache, config, ranks
+        self.numbers = own_samples(len(images), ranks)
+        self.first = len(cache)  # what follows is of these images, in the order of the numbers
+        self.classes = ClassMap(len(images.classes))
+        labelled = 0
         for batch, pixels in own_batches(images, config.batch_size, ranks, "test features"):
-            features = cached_features(encoder, pixels, config, ranks)
-            if not self.cache:
-                _require_memory(features, own_count(images, ranks), config)
-            self.cache += [(one, image.label) for one, image in zip(features, batch, strict=True)]
-        labelled = sum(int((label >= 0).sum()) for _, label in self.cache)
+            labels = [image.label for image in batch]
+            cache.add(frozen_features(encoder, pixels, config, ranks), labels)
+            labelled += sum(int((label >= 0).sum()) for label in labels)
         on_device = torch.tensor([labelled], device=ranks.device)
         require_pixels(all_reduce_sum(on_device, ranks).cpu().numpy(), images.samples)
 
-    @torch.inference_mode()
-    def confusion(self, classifier: nn.Conv2d) -> Counts:
+    def confusion(self, classifier: LinearClassifier) -> Counts:
         """int64 [C, C] over all ranks; a collective."""
-        classes = classifier.out_channels
-        matrix = np.zeros((classes, classes), np.int64)
-        for features, label in self.cache:
-            on_device = features[None].to(self.ranks.device).float()
-            logits = upsample(classifier(on_device), (self.config.size,) * 2)
-            height, width = label.shape
-            prediction = upsample(logits, (height, width)).argmax(1)[0].cpu().numpy()
-            matrix += confusion(label, prediction, classes, classes)
-        total: Counts = (
-            all_reduce_sum(torch.from_numpy(matrix).to(self.ranks.device), self.ranks).cpu().numpy()
-        )
-        return total
+        predicted = (self._predicted(classifier, i) for i in range(len(self.numbers)))
+        [matrix] = count_predictions(predicted, self.classes, self.ranks)
+        return matrix
+
+    def refined(self, classifier: LinearClassifier, crf: CrfConfig) -> Counts:
+        """The same after a CRF, whose pictures are read again."""
+
+        def predicted() -> Iterator[_Scored]:
+            classified = classifier.to(self.ranks.device)
+            batches = self.images.batches(self.numbers, self.images.threads)
+            for place, image in enumerate(image for batch in batches for image in batch):
+                yield self._predicted(classified, place, image)
+
+        bar = shown(predicted(), "linear, CRF", len(self.numbers), self.ranks)
+        threads = self.images.threads
+        return count_predictions(bar, self.classes, self.ranks, crf, threads)[1]
+
+    @torch.inference_mode()
+    def _predicted(
+        self, classifier: LinearClassifier, place: int, image: WholeImage | None = None
+    ) -> _Scored:
+        features, label = self.cache.read(self.first + place)
+        on_device = features.to(self.ranks.device)
+        logits = classifier.logits_at(on_device, self.config.size, label.shape)
+        return None if image is None else image.image, label, logits
 
 
 def own_count(images: WholeImages, ranks: Ranks) -> int:
     return len(own_samples(len(images), ranks))
-
-
-def _require_memory(features: Tensor, images: int, config: LinearConfig) -> None:
-    """Raises InputError where features like these [b, C, h, w], of so many images, do not fit."""
-    each = features[0].nbytes + 2 * config.size**2  # and a label of about that size
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    require_memory(
-        images * each,
-        available_memory() // local_ranks,
-        f"the features of {images} images at {config.size} pixels",
-        "make --size smaller, use ranks on more nodes, or fewer images"
-        + ("" if config.augment else ", or leave --no-augment out: it keeps the training images'"),
-    )
 
 
 @torch.inference_mode()
@@ -236,88 +339,50 @@ def frozen_features(encoder: Encoder, pixels: Tensor, config: LinearConfig, rank
         return encoder.network.features(pixels)
 
 
-def cached_features(encoder: Encoder, pixels: Tensor, config: LinearConfig, ranks: Ranks) -> Tensor:
-    """Decoder features [B, C, h, w] as they are kept: bf16, in the memory of the host."""
-    return frozen_features(encoder, pixels, config, ranks).to(torch.bfloat16).cpu()
-
-
 def _probe(
     train: _FeatureSet, test: _TestSet, config: LinearConfig, ranks: Ranks, seed: int
-) -> tuple[Counts, Score]:
-    """Learns one classifier; returns confusion matrix and score of the epoch that counts."""
-    classifier = _new_classifier(train, seed).to(ranks.device)
+) -> tuple[Counts, LinearClassifier]:
+    """Learns one classifier; returns it as it was at the epoch that counts, and its confusion."""
+    width = train.encoder.network.config.decoder_channels
+    weights = LinearClassifier.drawn(train.classes, width, seed).to(ranks.device).learnable()
+    classifier = LinearClassifier(*weights)
     optimizer = torch.optim.SGD(
-        classifier.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+        weights, config.lr, config.momentum, weight_decay=config.weight_decay
     )
-    best: tuple[Counts, Score] | None = None
+    best: tuple[float, Counts, LinearClassifier] | None = None
     epochs = range(config.epochs)
     for epoch in shown(epochs, f"linear, seed {seed}", config.epochs, ranks):
         optimizer.param_groups[0]["lr"] = config.lr * (0.1 if epoch >= config.decay_epoch else 1)
         for part in train.epoch(seed, epoch):
-            _learn(classifier, optimizer, part, config.size, ranks)
+            _learn(classifier, optimizer, part, ranks)
         last = epoch + 1 == config.epochs
         if last or (config.select == "best" and (epoch + 1) % config.evaluate_every == 0):
             matrix = test.confusion(classifier)
-            scored = score(matrix)
-            if best is None or config.select == "last" or scored.miou > best[1].miou:
-                best = matrix, scored
+            miou = score(matrix).miou
+            if best is None or config.select == "last" or miou > best[0]:
+                best = miou, matrix, classifier.copy()
     assert best is not None
-    return best
+    return best[1:]
 
 
 def _learn(
-    classifier: nn.Conv2d,
-    optimizer: torch.optim.Optimizer,
-    part: list[_Example],
-    size: int,
-    ranks: Ranks,
+    classifier: LinearClassifier, optimizer: torch.optim.Optimizer, part: _Part, ranks: Ranks
 ) -> None:
-    """One step on the mean over all labelled pixels of all ranks' parts; a collective."""
-    optimizer.zero_grad(set_to_none=False)
-    pixels = torch.zeros((), device=ranks.device)
-    if part:
-        features = torch.stack([one for one, _ in part]).to(ranks.device).float()
-        labels = torch.stack([label for _, label in part]).to(ranks.device).long()
-        logits = upsample(classifier(features), (size, size))
-        F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").backward()  # type: ignore[no-untyped-call]
-        pixels += (labels >= 0).sum()
-    gradients = [
-        parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        for parameter in classifier.parameters()
-    ]
-    flat = torch.cat([pixels[None], *(gradient.flatten() for gradient in gradients)])
-    all_reduce_sum(flat, ranks)
-    sizes = [gradient.numel() for gradient in gradients]
-    for parameter, total in zip(classifier.parameters(), torch.split(flat[1:], sizes), strict=True):
-        parameter.grad = (total / flat[0].clamp_min(1)).view_as(parameter)
+    """One step on the mean over all labelled pixels of a batch; a collective."""
+    values = classifier.weight.numel() + classifier.bias.numel() + 1
+    own = torch.zeros((0, values), device=ranks.device)
+    if part.examples:
+        features = torch.stack([one for one, _ in part.examples]).to(ranks.device)
+        labels = torch.stack([label for _, label in part.examples]).to(ranks.device).long()
+        own = image_gradients(classifier, features, labels)
+    counts = np.bincount(part.owners, minlength=ranks.world_size).tolist()
+    rows = all_gather_rows(own, counts, ranks)
+    # rank by rank, back into the order of the batch, so that the sum is that of one rank
+    places = np.argsort(np.argsort(part.owners, kind="stable"))
+    total = rows[torch.from_numpy(places).to(ranks.device)].sum(0)
+    mean = total[:-1] / total[-1].clamp_min(1)
+    sizes = [classifier.weight.numel(), classifier.bias.numel()]
+    by_weight, by_bias = torch.split(mean, sizes)
+    classifier.weight.grad = by_weight.view_as(classifier.weight)
+    classifier.bias.grad = by_bias
     optimizer.step()
-
-
-def _new_classifier(train: _FeatureSet, seed: int) -> nn.Conv2d:
-    """Weights normal(0, .01), bias 0, the same on every rank."""
-    width = train.encoder.network.config.decoder_channels
-    classifier = nn.Conv2d(width, train.classes, 1)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        classifier.weight.normal_(0, 0.01, generator=draw)
-        assert classifier.bias is not None
-        classifier.bias.zero_()
-    return classifier
-
-
-def augmented(image: WholeImage, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """Flip, ±5° and scale .75–1.25: pixels uint8 [3, S, S] and label int16 [S, S]."""
-    draw = generator(seed, _AUGMENT, epoch, image.sample_id)
-    flip, angle, scale = draw.random() < 0.5, draw.uniform(-5, 5), draw.uniform(0.75, 1.25)
-    label = resize_nearest(torch.tensor(image.label), (size, size))[None]
-    pixels = image.pixels
-    if flip:
-        pixels, label = pixels.flip(-1), label.flip(-1)
-    moved = {"angle": angle, "translate": [0, 0], "scale": scale}
-    pixels = transforms.affine(
-        pixels, **moved, shear=[0.0, 0.0], interpolation=InterpolationMode.BILINEAR
-    )
-    label = transforms.affine(
-        label, **moved, shear=[0.0, 0.0], interpolation=InterpolationMode.NEAREST, fill=[IGNORED]
-    )
-    return pixels, label[0]

@@ -15,10 +15,19 @@ from data_pipeline.labelled import ShardSet, labelled_shards
 from data_pipeline.manifest import read_manifest
 from data_pipeline.order import generator
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resize_nearest
-from evaluation.linear_probe import LinearConfig, augmented, evaluate_linear
+from evaluation.augmentation import augmented
+from evaluation.crf import CrfConfig, refine
+from evaluation.linear_classifier import LinearClassifier, image_gradients
+from evaluation.linear_probe import LinearConfig, evaluate_linear, score_own_classifier
 from evaluation.miou import confusion, score
 from evaluation.result import Result
-from tests.evaluation_data import block_shards, oracle, random_encoder
+from tests.evaluation_data import (
+    ColourNetwork,
+    block_shards,
+    coloured,
+    oracle,
+    random_encoder,
+)
 from tests.ranks import run_on_ranks
 from trainer.distributed import Ranks
 from trainer.encoder import Encoder
@@ -54,7 +63,7 @@ def test_published_protocol_is_the_default() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_separable_features_are_learned(blocks: tuple[ShardSet, ShardSet], precision: str) -> None:
     config = replace(QUICK, epochs=20, decay_epoch=15, seeds=(0, 1), precision=precision)
-    result = evaluate_linear(oracle(list(blocks), 48), *blocks, config, ALONE)
+    [result], _ = evaluate_linear(oracle(list(blocks), 48), *blocks, config, ALONE)
     assert result.values == (100, 100)
     assert result.iou.tolist() == [100] * 4
     assert (result.pixel_accuracy, result.foreground_iou) == (100, 100)
@@ -110,7 +119,7 @@ def plain_probe(
 @pytest.mark.parametrize("select", ["best", "last"])
 def test_equals_a_plain_implementation(tinted: tuple[ShardSet, ShardSet], select: str) -> None:
     config = replace(QUICK, size=40, batch_size=3, select=select, seeds=(4,), decay_epoch=2)
-    result = evaluate_linear(random_encoder(), *tinted, config, ALONE)
+    [result], _ = evaluate_linear(random_encoder(), *tinted, config, ALONE)
     matrices = plain_probe(random_encoder(), *tinted, config)
     scores = [score(matrix).miou for matrix in matrices]
     counted = int(np.argmax(scores)) if select == "best" else config.epochs - 1
@@ -122,18 +131,20 @@ def test_equals_a_plain_implementation(tinted: tuple[ShardSet, ShardSet], select
 
 def test_only_epochs_that_are_looked_at_can_be_best(tinted: tuple[ShardSet, ShardSet]) -> None:
     config = replace(QUICK, size=40, batch_size=3, lr=3.0)
-    each = evaluate_linear(random_encoder(), *tinted, config, ALONE)
-    last = evaluate_linear(random_encoder(), *tinted, replace(config, select="last"), ALONE)
-    rarely = evaluate_linear(random_encoder(), *tinted, replace(config, evaluate_every=9), ALONE)
+    [each], _ = evaluate_linear(random_encoder(), *tinted, config, ALONE)
+    [last], _ = evaluate_linear(random_encoder(), *tinted, replace(config, select="last"), ALONE)
+    [rarely], _ = evaluate_linear(
+        random_encoder(), *tinted, replace(config, evaluate_every=9), ALONE
+    )
     assert rarely.values == last.values
     assert each.mean >= last.mean
 
 
 def test_augmentation_changes_what_is_learned(tinted: tuple[ShardSet, ShardSet]) -> None:
     config = replace(QUICK, size=40, lr=3.0, select="last")
-    cached = evaluate_linear(random_encoder(), *tinted, config, ALONE)
-    seen = evaluate_linear(random_encoder(), *tinted, replace(config, augment=True), ALONE)
-    again = evaluate_linear(
+    [cached], _ = evaluate_linear(random_encoder(), *tinted, config, ALONE)
+    [seen], _ = evaluate_linear(random_encoder(), *tinted, replace(config, augment=True), ALONE)
+    [again], _ = evaluate_linear(
         random_encoder(), *tinted, replace(config, augment=True), ALONE, threads=1
     )
     assert seen.confusion.tolist() == again.confusion.tolist()
@@ -218,24 +229,102 @@ def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> N
         LinearConfig(**options)
 
 
-def _evaluate(ranks: Ranks, train: Path, test: Path, config: LinearConfig) -> Result:
+def test_gradients_of_images_are_those_of_torch() -> None:
+    draw = torch.Generator().manual_seed(1)
+    classifier = LinearClassifier(torch.randn(4, 6, generator=draw), torch.randn(4, generator=draw))
+    features = torch.randn(3, 6, 5, 7, generator=draw)
+    labels = torch.randint(-1, 4, (3, 20, 28), generator=draw)
+    labels[2] = -1
+    rows = image_gradients(classifier, features, labels)
+    for row, one, label in zip(rows, features, labels, strict=True):
+        weight, bias = classifier.learnable()
+        logits = F.conv2d(one[None], weight[:, :, None, None], bias)
+        full = F.interpolate(logits, (20, 28), mode="bilinear")
+        loss = F.cross_entropy(full, label[None], ignore_index=-1, reduction="sum")
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert weight.grad is not None
+        assert bias.grad is not None
+        expected = torch.cat([weight.grad.flatten(), bias.grad])
+        torch.testing.assert_close(row[:-1], expected, rtol=1e-5, atol=1e-4)
+        assert row[-1] == (label >= 0).sum()
+
+
+_Learned = tuple[list[Result], LinearClassifier]
+
+
+def _evaluate(ranks: Ranks, train: Path, test: Path, config: LinearConfig) -> list[_Learned]:
+    """With kept features and with drawn ones."""
     sets = [labelled_shards(read_manifest(folder)) for folder in (train, test)]
-    return evaluate_linear(random_encoder(), *sets, config, ranks, threads=1)
+    return [
+        evaluate_linear(coloured(), *sets, replace(config, augment=augment), ranks, threads=1)
+        for augment in (False, True)
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_change_it_by_rounding_only(
-    tinted: tuple[ShardSet, ShardSet], world_size: int, augment: bool
-) -> None:
-    """7 and 5 images in batches of 3: no share is even, and some ranks have none of a batch."""
-    config = replace(QUICK, size=40, epochs=6, batch_size=3, lr=3.0, augment=augment, seeds=(0, 1))
+def test_ranks_change_no_bit(tinted: tuple[ShardSet, ShardSet], world_size: int) -> None:
+    """7 and 5 images in batches of 4: no share is even, and some ranks have none of a batch."""
+    crf = CrfConfig(iterations=1)
+    config = replace(QUICK, size=40, epochs=8, decay_epoch=7, lr=0.1, seeds=(0, 1), crf=crf)
     arguments = (tinted[0].manifest.root, tinted[1].manifest.root, config)
     [alone] = run_on_ranks(_evaluate, 1, *arguments)
-    for result in run_on_ranks(_evaluate, world_size, *arguments):
-        assert result.values == pytest.approx(alone.values, abs=0.01)  # percent
-        assert result.confusion.sum() == alone.confusion.sum()
-        assert (result.confusion.sum(0)[1:] > 0).any(), "more than background is predicted"
-        assert np.abs(result.confusion - alone.confusion).sum() <= 4
-        np.testing.assert_allclose(result.iou, alone.iou, atol=0.01)
+    for found in run_on_ranks(_evaluate, world_size, *arguments):
+        for (results, classifier), (expected, learned) in zip(found, alone, strict=True):
+            assert torch.equal(classifier.weight, learned.weight)
+            assert torch.equal(classifier.bias, learned.bias)
+            assert [one.protocol for one in results] == ["linear", "linear-crf"]
+            for result, same in zip(results, expected, strict=True):
+                assert result.values == same.values
+                assert result.confusion.tolist() == same.confusion.tolist()
+            assert (results[0].confusion.sum(0)[1:] > 0).any(), "more than background"
+    assert not torch.equal(alone[0][1].weight, alone[1][1].weight)
+
+
+def test_crf_scores_the_classifier_that_counts(tinted: tuple[ShardSet, ShardSet]) -> None:
+    crf = CrfConfig(iterations=2)
+    config = replace(QUICK, size=40, epochs=8, decay_epoch=7, lr=0.1, crf=crf)
+    (plain, refined), classifier = evaluate_linear(coloured(), *tinted, config, ALONE)
+    assert "crf" not in plain.options
+    assert refined.options["crf"]["iterations"] == 2
+    images = WholeImages(tinted[1], 40, 1)
+    matrix = np.zeros((4, 4), np.int64)
+    for image in (images.read(i) for i in range(len(images))):
+        features = ColourNetwork().features(normalise(image.pixels)[None])
+        logits = F.conv2d(
+            features.to(torch.bfloat16).float(),
+            classifier.weight[:, :, None, None],
+            classifier.bias,
+        )
+        logits = F.interpolate(logits, (40, 40), mode="bilinear")
+        logits = F.interpolate(logits, image.label.shape, mode="bilinear")
+        found = refine(image.image, logits[0].softmax(0).numpy(), config.crf)
+        matrix += confusion(image.label, found.argmax(0), 4, 4)
+    assert refined.confusion.tolist() == matrix.tolist()
+    assert plain.confusion.tolist() != matrix.tolist()
+    assert refined.values[0] == pytest.approx(score(matrix).miou)
+
+
+def test_the_classifier_of_a_file_is_scored_as_it_is(tinted: tuple[ShardSet, ShardSet]) -> None:
+    config = replace(QUICK, size=40, epochs=8, decay_epoch=7, lr=0.1, select="last", seeds=(2,))
+    [learned], classifier = evaluate_linear(coloured(), *tinted, config, ALONE)
+    released = (classifier.weight[:, :, None, None], classifier.bias)
+    encoder = Encoder(ColourNetwork(), 7, classifier=released)  # type: ignore[arg-type]
+    config = replace(config, crf=CrfConfig(iterations=1))
+    (result, refined), own = score_own_classifier(encoder, tinted[1], config, ALONE)
+    assert torch.equal(own.weight, classifier.weight)
+    assert (result.protocol, refined.protocol) == ("linear", "linear-crf")
+    moved = np.abs(result.confusion - learned.confusion).sum()
+    assert moved <= 0.01 * result.confusion.sum(), "features were kept with 8 bits"
+    assert result.options == {"own_classifier": True, "size": 40, "precision": "float32"}
+
+
+def test_no_classifier_and_another_number_of_classes_are_refused(
+    tinted: tuple[ShardSet, ShardSet],
+) -> None:
+    with pytest.raises(InputError, match="holds no classifier; leave --own-classifier out"):
+        score_own_classifier(coloured(), tinted[1], QUICK, ALONE)
+    released = (torch.zeros(21, 6, 1, 1), torch.zeros(21))
+    encoder = Encoder(ColourNetwork(), 7, classifier=released)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"has 21 classes, and .* has 4"):
+        score_own_classifier(encoder, tinted[1], QUICK, ALONE)

@@ -1,12 +1,28 @@
 """`maskbank evaluate linear`."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Optional
 
 import typer
 
+from data_pipeline.errors import InputError
+from data_pipeline.labelled import LabelledSet
 from evaluation.commands import options as common
-from evaluation.linear_probe import LinearConfig, evaluate_linear, require_comparable
-from trainer.distributed import cores_per_rank, same_on_all_ranks
+from evaluation.commands.kmeans import result_folder
+from evaluation.crf import CrfConfig
+from evaluation.linear_classifier import LinearClassifier
+from evaluation.linear_probe import (
+    LinearConfig,
+    evaluate_linear,
+    require_comparable,
+    score_own_classifier,
+)
+from evaluation.prototypes import PrototypeConfig
+from evaluation.result import Result
+from evaluation.saved_head import SavedHead
+from trainer.distributed import Ranks, cores_per_rank, same_on_all_ranks
+
+Crf = Annotated[bool, typer.Option("--crf", help="Score with a fully connected CRF as well.")]
 
 
 def linear(
@@ -28,14 +44,25 @@ def linear(
     select: Annotated[str, typer.Option(help="best epoch (published) or last.")] = "best",
     evaluate_every: Annotated[int, typer.Option(help="Epochs between scorings.")] = 1,
     seeds: Annotated[int, typer.Option(help="Classifiers, from seed 0 on.")] = 1,
+    crf: Crf = False,
+    own_classifier: Annotated[
+        bool, typer.Option("--own-classifier", help="Score the one in the network's file.")
+    ] = False,
+    cache: Annotated[
+        Optional[Path],  # noqa: UP045 (typer)
+        typer.Option(help="Folder for features, gigabytes; default: that of the results."),
+    ] = None,
     precision: common.Precision = "float32",
     device: common.Device = "auto",
     html: common.Html = False,
 ) -> None:
     """Linear classifier mIoU on frozen features, the published protocol by default.
 
+    Writes the scores and the classifier (`maskbank predict` and `evaluate transfer` take it) to
+    evaluation/.
+
     Examples: `maskbank evaluate linear runs/demo --train-shards shards/train --shards shards/val`;
-    `maskbank evaluate linear runs/voc --data-set voc --root VOCSegmentation`
+    `maskbank evaluate linear runs/voc --data-set voc --root VOCSegmentation --crf`
     """
     with same_on_all_ranks():
         source = common.source(data_set, root, split, None, None, categories)
@@ -50,15 +77,70 @@ def linear(
             evaluate_every=evaluate_every,
             precision=precision,
             seeds=tuple(range(seeds)),
+            crf=CrfConfig() if crf else None,
         )
         subject = common.open_subject(network, initial, output)
-        train = source.open("train", train_shards, "--train-shards")
-        test = source.open("test", shards, "--shards")
-        require_comparable(train, test)
+        sets = _open(source, subject, own_classifier, train_shards, shards)
     ranks = common.start(device)
-    for samples in (test, train):
+    for samples in sets:
         common.check_samples(samples, ranks)
-    result = evaluate_linear(
-        subject.encoder, train, test, config, ranks, subject.name, cores_per_rank()
-    )
-    common.finish([result], subject, source, ranks, html)
+    results = run_linear(subject, sets, config, source.name, ranks, cache)
+    common.finish(results, subject, source, ranks, html)
+
+
+def _open(
+    source: common.Source,
+    subject: common.Subject,
+    own_classifier: bool,
+    train_shards: Path | None,
+    shards: Path | None,
+) -> list[LabelledSet]:
+    """The set that is scored, and before it the one to learn on, unless there is a classifier."""
+    if own_classifier:
+        LinearClassifier.of(subject.encoder)
+        if train_shards is not None:
+            raise InputError("--own-classifier learns nothing; leave --train-shards out")
+        return [source.open("test", shards, "--shards")]
+    train = source.open("train", train_shards, "--train-shards")
+    test = source.open("test", shards, "--shards")
+    require_comparable(train, test)
+    return [train, test]
+
+
+def run_linear(
+    subject: common.Subject,
+    sets: list[LabelledSet],
+    config: LinearConfig,
+    data_set: str,
+    ranks: Ranks,
+    cache: Path | None = None,
+) -> list[Result]:
+    """Results of protocol linear and, with a CRF, linear-crf; writes the classifier beside them.
+
+    Args:
+        subject: the network.
+        sets: to learn on and to score; or only to score, with the network's own classifier.
+        config: the protocol.
+        data_set: its name, "" for shards.
+        ranks: that share the work.
+        cache: folder for features; None takes that of the results.
+    """
+    folder = result_folder(subject.folder, data_set)
+    encoder, last = subject.encoder, (config, ranks, subject.name, cores_per_rank())
+    if len(sets) == 1:
+        results, classifier = score_own_classifier(encoder, sets[0], *last)
+    else:
+        train, test = sets
+        results, classifier = evaluate_linear(encoder, train, test, *last, cache or folder)
+    if ranks.is_main:
+        head = SavedHead(
+            kind="linear",
+            tensors={"weight": classifier.weight, "bias": classifier.bias},
+            classes=sets[-1].classes,
+            data_set=data_set,
+            size=config.size,
+            prototype=PrototypeConfig(),
+            step=subject.encoder.step,
+        )
+        head.write(folder / f"linear-{subject.name}.safetensors")
+    return results
