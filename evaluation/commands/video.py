@@ -8,7 +8,9 @@ import typer
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
 from evaluation.commands import options as common
+from evaluation.commands.kmeans import result_folder
 from evaluation.label_propagation import PropagationConfig
+from evaluation.linear_probe import LinearConfig, evaluate_linear, require_comparable
 from evaluation.prototypes import PrototypeConfig
 from evaluation.result import Result
 from evaluation.saved_head import SavedHead, read_head
@@ -18,6 +20,7 @@ from trainer.distributed import Ranks, cores_per_rank, same_on_all_ranks
 
 def video(
     network: common.Network,
+    train_shards: common.TrainShards = None,
     shards: common.Shards = None,
     data_set: common.Named = None,
     root: common.Root = None,
@@ -32,8 +35,11 @@ def video(
     threshold: common.Threshold = 0.5,
     head: Annotated[
         Optional[Path],  # noqa: UP045 (typer)
-        typer.Option(help="The classifier; default: linear-NETWORK.safetensors of the results."),
+        typer.Option(help="A linear classifier of `evaluate linear` or this, instead of learning."),
     ] = None,
+    epochs: Annotated[int, typer.Option(help="Epochs of the classifier.")] = 60,
+    decay_epoch: Annotated[int, typer.Option(help="Its rate is a tenth after it.")] = 25,
+    augment: Annotated[bool, typer.Option(help="Flip, rotate, scale; else cache features.")] = True,
     features: Annotated[
         str, typer.Option(help="What propagation compares: embedding or decoder.")
     ] = "embedding",
@@ -51,9 +57,10 @@ def video(
 ) -> None:
     """Objects of videos, DAVIS-2016: J, F and their mean, in three readings, which are ours.
 
-    `saliency`: the predicted foreground as it is. `classifier`: a linear one, which
-    `maskbank evaluate linear NETWORK --data-set davis-2016` learns on the training sequences.
-    `propagation`: the first frame's mask, carried on by similar features.
+    `saliency`: the predicted foreground as it is. `classifier`: a linear one, learned on the
+    training sequences and written beside the results; of its last epoch, so that the sequences
+    that are scored choose nothing. `propagation`: the first frame's mask, carried on by similar
+    features.
 
     Examples: `maskbank evaluate video runs/voc --data-set davis-2016 --root DAVIS`;
     `maskbank evaluate video runs/voc --shards shards/davis-val --readings propagation`
@@ -63,12 +70,21 @@ def video(
         propagation = PropagationConfig(top_k, context, radius, temperature)
         config = _config(source.size(size), foreground, threshold, features, propagation, precision)
         chosen = _readings(readings)
+        learning = _learning(config, epochs, decay_epoch, augment)
         subject = common.open_subject(network, initial, output)
         samples = source.open("test", shards, "--shards")
         sequences_of(samples)
-        classifier = _head(head, subject, source) if "classifier" in chosen else None
+        classifier = None if head is None else read_head(head)
+        train = None
+        if "classifier" in chosen and classifier is None:
+            train = source.open("train", train_shards, "--train-shards")
+            require_comparable(train, samples)
     ranks = common.start(device)
-    common.check_samples(samples, ranks)
+    for one in (samples, train):
+        if one is not None:
+            common.check_samples(one, ranks)
+    if train is not None:
+        classifier = learn_head(subject, train, samples, learning, source.name, ranks)
     results = run_video(subject, samples, chosen, config, ranks, classifier, write)
     common.finish(results, subject, source, ranks, html)
 
@@ -91,17 +107,47 @@ def _readings(text: str) -> list[Reading]:
     return [reading for reading in READINGS if reading in named]
 
 
-def _head(given: Path | None, subject: common.Subject, source: common.Source) -> SavedHead:
-    """The linear classifier: a file, or what `evaluate linear` left."""
-    folder = subject.folder / "evaluation" / source.name
-    path = given or folder / f"linear-{subject.name}.safetensors"
-    if given is None and not path.is_file():
-        raise InputError(
-            f"the reading classifier needs {path}: learn it with `maskbank evaluate linear` on the "
-            "training sequences, give --head FILE, or leave it out: --readings "
-            "saliency,propagation"
-        )
-    return read_head(path)
+def _learning(config: VideoConfig, epochs: int, decay_epoch: int, augment: bool) -> LinearConfig:
+    """The published classifier's, but of the last epoch."""
+    return LinearConfig(
+        size=config.size,
+        epochs=epochs,
+        decay_epoch=decay_epoch,
+        augment=augment,
+        select="last",
+        evaluate_every=epochs,
+        precision=config.precision,
+    )
+
+
+def learn_head(
+    subject: common.Subject,
+    train: LabelledSet,
+    samples: LabelledSet,
+    learning: LinearConfig,
+    data_set: str,
+    ranks: Ranks,
+) -> SavedHead:
+    """A classifier learned on the frames of `train`, the same on every rank; a collective.
+
+    Written as davis-classifier-NETWORK.safetensors.
+    """
+    folder = result_folder(subject.folder, data_set)
+    _, learned = evaluate_linear(
+        *(subject.encoder, train, samples, learning, ranks, subject.name, cores_per_rank(), folder)
+    )
+    head = SavedHead(
+        kind="linear",
+        tensors={"weight": learned.weight, "bias": learned.bias},
+        classes=train.classes,
+        data_set=data_set,
+        size=learning.size,
+        prototype=PrototypeConfig(),
+        step=subject.encoder.step,
+    )
+    if ranks.is_main:
+        head.write(folder / f"davis-classifier-{subject.name}.safetensors")
+    return head
 
 
 def run_video(
