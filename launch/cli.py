@@ -83,11 +83,13 @@ def train(
 @app.command(context_settings=_FORWARD)
 def evaluate(context: typer.Context) -> None:
     """Measure a trained network: `maskbank evaluate kmeans|linear|report …`; `--nproc N` first."""
-    arguments, num_processes = list(context.args), 1
-    if arguments[:1] == ["--nproc"] and len(arguments) > 1 and arguments[1].isdigit():
-        num_processes, arguments = max(1, int(arguments[1])), arguments[2:]
-    command = torchrun_command("evaluation.cli", arguments, num_processes)
-    sys.exit(run(command, num_processes))
+    sys.exit(_run_on_ranks("evaluation.cli", context.args))
+
+
+@app.command(context_settings=_FORWARD)
+def predict(context: typer.Context) -> None:
+    """Class maps of images: `maskbank predict RUN IMAGES… --output FOLDER`; `--nproc N` first."""
+    sys.exit(_run_on_ranks("evaluation.predict_cli", context.args))
 
 
 @app.command(context_settings=_FORWARD)
@@ -142,6 +144,14 @@ def doctor(
     `srun --ntasks-per-node=1 maskbank doctor --folder /shared/runs`
     """
     sys.exit(run_doctor(DoctorOptions(num_processes, folder, device.value, timeout, as_json)))
+
+
+def _run_on_ranks(module: str, arguments: list[str]) -> int:
+    """Runs a module on as many ranks as a leading `--nproc N` says; its exit status."""
+    num_processes = 1
+    if arguments[:1] == ["--nproc"] and len(arguments) > 1 and arguments[1].isdigit():
+        num_processes, arguments = max(1, int(arguments[1])), arguments[2:]
+    return run(torchrun_command(module, arguments, num_processes), num_processes)
 
 
 def main() -> None:
