@@ -53,7 +53,7 @@ def _sample(
     each = max(1, FITTED_PIXELS // len(images))
     parts: list[Tensor] = []
     for _, pixels in own_batches(images, config.batch_size, ranks, "pixels to cluster"):
-        embeddings = _embedded(encoder, pixels, config, ranks)
+        embeddings = pixel_embeddings(encoder, pixels, config, ranks)
         flat = embeddings.flatten(2).transpose(1, 2)  # [b, S², D]
         count = min(each, flat.shape[1])
         chosen = torch.linspace(0, flat.shape[1] - 1, count).round().long()
@@ -84,7 +84,7 @@ def _count(
     classes = len(images.classes)
     matrices = np.zeros((len(found), classes, columns), np.int64)
     for batch, pixels in own_batches(images, config.batch_size, ranks, "assigning pixels"):
-        embeddings = _embedded(encoder, pixels, config, ranks)
+        embeddings = pixel_embeddings(encoder, pixels, config, ranks)
         for one, clusters in enumerate(found):
             maps = nearest_centres(embeddings, clusters).to(torch.int16).cpu()
             for image, assigned in zip(batch, maps, strict=True):
@@ -106,7 +106,9 @@ def nearest_centres(embeddings: Tensor, clusters: Clusters) -> Tensor:
     return scores.argmax(1)
 
 
-def _embedded(encoder: Encoder, pixels: Tensor, config: KMeansConfig, ranks: Ranks) -> Tensor:
+def pixel_embeddings(
+    encoder: Encoder, pixels: Tensor, config: KMeansConfig, ranks: Ranks
+) -> Tensor:
     """L2-normalised embeddings [b, D, S, S], float32."""
     with precision(config.precision, ranks.device):
         embeddings = encoder.embeddings(pixels)

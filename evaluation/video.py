@@ -224,23 +224,35 @@ def _figures_of(sequence: str, measures: NDArray[np.float64]) -> dict[str, float
     return {**named, "frames": len(measures)}
 
 
+def require_reading(encoder: Encoder, reading: Reading, head: SavedHead | None) -> None:
+    """Raises InputError where the network or the head cannot do it: said before any work."""
+    if reading == "saliency" and "saliency" not in encoder.parts:
+        raise InputError(
+            f"{encoder.origin} has no saliency head; leave that reading out: --readings "
+            "classifier,propagation"
+        )
+    width = encoder.network.config.decoder_channels
+    if reading == "classifier" and head is not None:
+        shapes = {name: list(value.shape) for name, value in head.tensors.items()}
+        if head.kind != "linear" or head.tensors["weight"].shape[1] != width:
+            raise InputError(
+                f"the head ({head.kind}, {shapes}) is no linear classifier on {width} features of "
+                f"{encoder.origin}; give --head the linear-NETWORK.safetensors of this network, or "
+                "leave it out to learn one"
+            )
+
+
 def _segmenter(
     encoder: Encoder, reading: Reading, config: VideoConfig, head: SavedHead | None, ranks: Ranks
 ) -> tuple[Segmenter, dict[str, Any]]:
     """What segments a sequence, and the options that decide it."""
+    require_reading(encoder, reading, head)
     named: dict[str, Any] = {"precision": config.precision}
     if reading == "saliency":
-        if "saliency" not in encoder.parts:
-            raise InputError(
-                f"{encoder.origin} has no saliency head; leave the reading out: --readings "
-                "classifier,propagation"
-            )
         options = {"size": config.size, "prototype": asdict(config.prototype)}
         return _by_saliency(encoder, config, ranks), named | options
     if reading == "classifier":
-        if head is None:
-            raise InputError("the reading classifier needs a linear head; learn or give one")
-        _require_fit(head, encoder)
+        assert head is not None
         return _by_classifier(encoder, head, config, ranks), named | {"size": head.size}
     options = {"features": config.features, "propagation": asdict(config.propagation)}
     return _by_propagation(encoder, config, ranks), named | options
@@ -274,17 +286,6 @@ def _by_classifier(
         return found
 
     return lambda frames: map(one, frames)
-
-
-def _require_fit(head: SavedHead, encoder: Encoder) -> None:
-    width = encoder.network.config.decoder_channels
-    shapes = {name: list(value.shape) for name, value in head.tensors.items()}
-    if head.kind != "linear" or head.tensors["weight"].shape[1] != width:
-        raise InputError(
-            f"the head ({head.kind}, {shapes}) is no "
-            f"linear classifier on {width} features of {encoder.origin}; give --head the "
-            "linear-NETWORK.safetensors of this network, or leave it out to learn one"
-        )
 
 
 def _by_propagation(encoder: Encoder, config: VideoConfig, ranks: Ranks) -> Segmenter:

@@ -14,7 +14,14 @@ from evaluation.linear_probe import LinearConfig, evaluate_linear, require_compa
 from evaluation.prototypes import PrototypeConfig
 from evaluation.result import Result
 from evaluation.saved_head import SavedHead, read_head
-from evaluation.video import READINGS, Reading, VideoConfig, evaluate_video, sequences_of
+from evaluation.video import (
+    READINGS,
+    Reading,
+    VideoConfig,
+    evaluate_video,
+    require_reading,
+    sequences_of,
+)
 from trainer.distributed import Ranks, cores_per_rank, same_on_all_ranks
 
 
@@ -72,9 +79,11 @@ def video(
         chosen = _readings(readings)
         learning = _learning(config, epochs, decay_epoch, augment)
         subject = common.open_subject(network, initial, output)
+        classifier = None if head is None else read_head(head)
+        for reading in chosen:
+            require_reading(subject.encoder, reading, classifier)
         samples = source.open("test", shards, "--shards")
         sequences_of(samples)
-        classifier = None if head is None else read_head(head)
         train = None
         if "classifier" in chosen and classifier is None:
             train = source.open("train", train_shards, "--train-shards")
