@@ -19,7 +19,10 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from data_pipeline.errors import InputError
 from tests.untrusted import Malicious
 from trainer import load_encoder
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import load_config, save_config
+from trainer.distributed import Ranks
+from trainer.engine import network_state
 from trainer.model import PixelEncoder
 from trainer.network_description import KEY, describe_network
 from trainer.partial import PARTS, PartialEncoder
@@ -263,6 +266,28 @@ def test_a_file_of_a_run_has_the_architecture_of_the_run(tmp_path: Path) -> None
         load_encoder(elsewhere, model=replace(SMALL, embedding_dim=7))
 
 
+def test_a_checkpoints_folder_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    settings = ["model.decoder_channels=16", "model.embedding_dim=6", "model.atrous_rates=[1,2,3]"]
+    save_config(load_config("demo_cpu", None, settings), tmp_path / "config.yaml")
+    network = our_network()
+    writer = CheckpointWriter(tmp_path, Ranks(0, 1, torch.device("cpu")), 1, 0)
+    writer.start(12, network_state(network, "model"), {}, {"progress": {"step": 12}})
+    while writer.step is not None:
+        writer.wait()
+        writer.advance(writer.busy, bool(writer.failure))
+    folder = tmp_path / "checkpoints" / "step-00000012"
+    encoder = load_encoder(folder)
+    assert (encoder.step, encoder.parts, encoder.origin) == (12, PARTS, str(folder))
+    assert torch.equal(encoder.network.state_dict()["decoder.1.weight"], network.decoder[1].weight)
+    with pytest.raises(InputError, match="give the run directory"):
+        load_encoder(folder, initial=True)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"bits")
+    with pytest.raises(InputError, match=r"model\.safetensors has another checksum.*take another"):
+        load_encoder(folder)
+
+
 def test_a_network_without_saliency_head_has_embeddings(tmp_path: Path) -> None:
     state = our_network().state_dict()
     del state["saliency_head.weight"]
@@ -336,7 +361,7 @@ def test_hostile_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         ("sparse.pth", "no dense tensor of its own"),
         ("packed.pth", "compressed"),
         ("other.safetensors", "no network that is known here: its tensors are layers 1"),
-        ("none.pth", "is no run directory"),
+        ("none.pth", "is no run directory and no file"),
     ):
         with pytest.raises(InputError, match=rf"{name}.*{message}"):
             load_encoder(tmp_path / name)
@@ -358,7 +383,7 @@ def test_hostile_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         ({"compile": 1}, "compile is 1"),
         ({"dropout": 2}, "model.dropout must be in"),
         ({"speed": 2}, "model.'speed' is no setting"),
-        ({"output_stride": True}, "output_stride is True"),
+        ({"embedding_dim": True}, r"model\.embedding_dim is True"),
     ],
 )
 def test_a_strangers_description_is_checked(

@@ -118,6 +118,8 @@ def load_encoder(
     if path.is_file():
         found = _read_file(path, model)
         return Encoder(found.network, found.step, found.parts, found.classifier, str(path))
+    if not path.exists():
+        raise InputError(f"{path} is no run directory and no file: there is nothing of that name")
     if model is not None:
         raise InputError(f"{path} is no file; the architecture of a run is in its {_CONFIG}")
     if (path / DESCRIPTION).is_file():

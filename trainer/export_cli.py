@@ -35,9 +35,11 @@ def export(
 ) -> None:
     """Write a trained network for other programs, and compare what they will compute.
 
-    **safetensors**: our names, the settings as metadata. **torchvision**: a state dict for its
-    ResNet. **onnx**, **torch-export**: images [B,3,H,W], normalised as ImageNet's, to embedding
-    [B,D,H,W] and saliency logits [B,H,W]; a linear probe's classes [B,C,H,W] too.
+    **safetensors**: our names, the settings as metadata; every command that takes a network reads
+    it. **torchvision**: a state dict for its ResNet, without fc; features are those of here with
+    replace_stride_with_dilation=[False, True, True]. **onnx**, **torch-export**: images [B,3,H,W],
+    normalised as ImageNet's, to embedding [B,D,H,W] and saliency logits [B,H,W]; a linear probe's
+    classes [B,C,H,W] too.
 
     Example: `maskbank export runs/mine --format onnx --output encoder.onnx`
     """
