@@ -61,9 +61,10 @@ def own_batches(
 def shown(items: Iterable[T], title: str, total: int, ranks: Ranks) -> Iterator[T]:
     """Passes the items on, while rank 0 shows its progress, which is close to that of all.
 
-    On the error stream: as a bar, or as a line now and then where that is a file.
+    On the error stream: as a bar, or as a line now and then where that is a file. Without a title
+    nothing is shown.
     """
-    if not ranks.is_main:
+    if not ranks.is_main or not title:
         yield from items
         return
     console = Console(stderr=True)

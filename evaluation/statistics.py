@@ -5,12 +5,14 @@ outside. So an image adds its class counts inside to one column and those outsid
 any number of clusterings.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data_pipeline.whole_images import WholeImage, WholeImages, resize_nearest
 from evaluation.features import own_batches, precision
@@ -18,7 +20,8 @@ from evaluation.miou import Counts, confusion
 from evaluation.prototypes import PrototypeConfig, image_prototypes, saliency_masks
 from trainer.distributed import Ranks, all_gather_rows, gather_counts
 from trainer.encoder import Encoder
-from trainer.model import upsample
+from trainer.model import PixelOutput, upsample
+from trainer.partial import PartialOutput
 
 Resolution = Literal["label", "image"]
 
@@ -93,11 +96,39 @@ def collect_statistics(
         title: of the progress bar.
     """
     encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dim = encoder.network.config.embedding_dim
+    own = own_statistics(
+        *(encoder.network, dim, images, prototype, ranks),
+        *(batch_size, precision_name, resolution, title),
+    )
+    return gather_statistics(own, ranks)
+
+
+def own_statistics(
+    network: Callable[[Tensor], PixelOutput | PartialOutput],
+    dim: int,
+    images: WholeImages,
+    prototype: PrototypeConfig,
+    ranks: Ranks,
+    batch_size: int = 16,
+    precision_name: str = "float32",
+    resolution: Resolution = "label",
+    title: str = "embedding",
+) -> ImageStatistics:
+    """Of this rank's share of the images, without any collective of its own.
+
+    Args:
+        network: normalised images [b, 3, S, S] to its output, on the ranks' device; without
+            gradients.
+        dim: D of its embeddings.
+        images, prototype, ranks, batch_size, precision_name, resolution, title: as of
+            `collect_statistics`.
+    """
     classes = len(images.classes)
     vectors, counts, numbers = [], [], []
     for batch, pixels in own_batches(images, batch_size, ranks, title):
         with precision(precision_name, ranks.device):
-            output = encoder.network(pixels)
+            output = network(pixels)
             if prototype.foreground == "mask":
                 saliency = saliency_masks(batch, images.size).to(ranks.device)
             else:
@@ -107,14 +138,21 @@ def collect_statistics(
             counts.append(_class_counts(image, one, classes, resolution))
             numbers.append(image.sample_id)
         vectors.append(prototypes.cpu())
-    mine = torch.cat(vectors) if vectors else torch.zeros(0, encoder.network.config.embedding_dim)
-    tables = torch.from_numpy(np.array(counts, np.int64).reshape(-1, 2, classes))
-    held = gather_counts(len(numbers), ranks)
-    on_device = (mine, tables, torch.tensor(numbers, dtype=torch.int64))
-    gathered = [all_gather_rows(part.to(ranks.device), held, ranks).cpu() for part in on_device]
-    order = gathered[2].argsort()
-    all_vectors, all_tables, all_numbers = (part[order].numpy() for part in gathered)
-    return ImageStatistics(all_vectors, all_tables[:, 1], all_tables[:, 0], all_numbers)
+    mine = torch.cat(vectors) if vectors else torch.zeros(0, dim)
+    tables = np.array(counts, np.int64).reshape(-1, 2, classes)
+    return ImageStatistics(
+        mine.numpy(), tables[:, 1], tables[:, 0], np.array(numbers, dtype=np.int64)
+    )
+
+
+def gather_statistics(own: ImageStatistics, ranks: Ranks) -> ImageStatistics:
+    """All ranks' rows on every rank, by sample id; a collective."""
+    held = gather_counts(len(own.sample_ids), ranks)
+    parts = (own.vectors, own.inside, own.outside, own.sample_ids)
+    tensors = [torch.from_numpy(part).to(ranks.device) for part in parts]
+    gathered = [all_gather_rows(part, held, ranks).cpu() for part in tensors]
+    order = gathered[3].argsort()
+    return ImageStatistics(*(part[order].numpy() for part in gathered))
 
 
 def _class_counts(

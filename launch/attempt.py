@@ -145,13 +145,13 @@ def is_finished(run: Path) -> bool:
 
 
 def last_metrics(run: Path) -> dict[str, Any]:
-    """The newest row of `metrics.jsonl`, empty before the first."""
+    """The newest row of training in `metrics.jsonl`, empty before the first."""
     with contextlib.suppress(OSError), (run / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 65_536))
         for line in reversed(file.read().splitlines()):
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                if isinstance(row, dict) and "step" in row:
+                if isinstance(row, dict) and "step" in row and "online_seconds" not in row:
                     return row
     return {}
 

@@ -1,7 +1,8 @@
 """`trainer.train` with a fault put into it from outside: `-m tests.faulty_train FAULT RANK N …`.
 
-The fault befalls rank RANK when it takes its N-th batch, or writes its N-th checkpoint, after this
-start. What is run is the trainer as it is; only what it calls is made to fail, as a machine would.
+The fault befalls rank RANK when it takes its N-th batch, writes its N-th checkpoint, or evaluates
+for the N-th time, after this start. What is run is the trainer as it is; only what it calls is made
+to fail, as a machine would.
 """
 
 import os
@@ -23,6 +24,7 @@ from data_pipeline.loader import BatchStream
 from trainer.train import main
 
 AT_BATCH = ("stop", "hang", "raise", "nan", "nan-keys", "kill")
+AT_EVALUATION = ("evaluating",)
 AT_CHECKPOINT = ("write", "before-rename", "after-rename", "before-mark", "retire", "full-disk")
 
 
@@ -112,6 +114,22 @@ def at_checkpoint(fault: str, number: int) -> None:
         at_number(checkpoint.os, "rename", before if fault == "before-rename" else after)
 
 
+def at_evaluation(number: int) -> None:
+    """Kills in the middle of an evaluation while training."""
+    from evaluation.online import OnlineKMeans
+
+    plain, begun = OnlineKMeans._score, 0
+
+    def faulty(evaluator: OnlineKMeans, statistics: Any) -> dict[str, float]:
+        nonlocal begun
+        begun += 1
+        if begun == number:
+            kill_self()
+        return plain(evaluator, statistics)
+
+    OnlineKMeans._score = faulty  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     fault, rank, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if int(os.environ.get("RANK", "0")) == rank:
@@ -120,4 +138,6 @@ if __name__ == "__main__":
             at_batch(kind, number, int(times or 1))
         elif kind in AT_CHECKPOINT:
             at_checkpoint(kind, number)
+        elif kind in AT_EVALUATION:
+            at_evaluation(number)
     main(sys.argv[4:])

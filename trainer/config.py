@@ -13,7 +13,14 @@ from omegaconf.errors import OmegaConfBaseException
 from data_pipeline.errors import InputError
 from data_pipeline.views import ViewConfig
 from trainer.schedule import OptimConfig
-from trainer.settings import PRECISIONS, BankConfig, EngineConfig, LossConfig, ModelConfig
+from trainer.settings import (
+    PRECISIONS,
+    BankConfig,
+    EngineConfig,
+    LossConfig,
+    ModelConfig,
+    OnlineConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,7 @@ class TrainConfig:
     bank: BankConfig = field(default_factory=BankConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
 
 
 _RECIPES = Path(__file__).with_name("recipes")
@@ -158,6 +166,7 @@ _FREE_ON_RESUME = {
     "engine.zero_stage",
     "engine.offload_optimizer",
     "engine.deepspeed_config",
+    *(f"online.{setting.name}" for setting in fields(OnlineConfig)),
 }
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -186,6 +186,17 @@ def broadcast_object(value: T, ranks: Ranks) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=ranks.device)
     return box[0]
+
+
+def broadcast_values(tensors: Sequence[Tensor], ranks: Ranks) -> None:
+    """Rank 0's values into tensors of one kind, in place; one collective."""
+    if ranks.world_size == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.broadcast(flat, src=0)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def new_group(ranks: Ranks) -> dist.ProcessGroup | None:

@@ -132,9 +132,9 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self._console = Console(stderr=True)
-        self._last_line, self._skipped = 0.0, 0
+        self._last_line, self._skipped, self._online = 0.0, 0, ""
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(bar_width=20),
@@ -150,13 +150,8 @@ class MetricsLog:
         self._total_steps = total_steps
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row; `step` counts finished steps."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, row["step"])
+        """One row of training; `step` counts finished steps."""
+        self._record(row)
         skipped, self._skipped = row["skipped_steps"] > self._skipped, row["skipped_steps"]
         if row["prototypes"] == 0 and not skipped:
             log.warning(
@@ -165,6 +160,17 @@ class MetricsLog:
                 row["step"],
             )
         self._show(row)
+
+    def write_online(self, row: dict[str, Any]) -> None:
+        """One row of an evaluation while training, which the progress line shows from then on."""
+        self._record(row)
+        if "kmeans_miou" in row:
+            self._online = f" · K-means {row['kmeans_miou']:.1f} (step {row['step']})"
+
+    def has_online(self, step: int) -> bool:
+        """Whether the network of that step has been evaluated, before this start perhaps."""
+        rows = read_metrics(self._path)
+        return any(row["step"] == step and "online_seconds" in row for row in rows)
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
@@ -175,12 +181,20 @@ class MetricsLog:
         if self._board is not None:
             self._board.close()
 
+    def _record(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+
     def _show(self, row: dict[str, Any]) -> None:
         line = (
             f"loss {row['loss']:.3f} = {row['loss_contrastive']:.3f} + {row['loss_saliency']:.3f}"
             f" · accuracy {row['accuracy']:.1%} · lr {row['lr']:.4f} · "
             f"{row['images_per_second']:.0f} images/s · data wait {row['data_wait']:.0%} · "
-            f"{row['memory_mb']:.0f} MB"
+            f"{row['memory_mb']:.0f} MB{self._online}"
         )
         self._progress.update(self._task, line=line)
         due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import InputError
+from data_pipeline.labelled import labelled_shards
 from data_pipeline.manifest import Manifest, missing_shards, read_manifest, require_component
 from trainer.checkpoint import complete_checkpoints
 from trainer.config import TrainConfig, add_arguments, load_config, resume_difference
@@ -33,6 +34,7 @@ class Plan:
         begun: whether it holds a checkpoint to go on from.
         data_fingerprint: of the shards' contents.
         warnings: what may go on, but should be known.
+        online: labelled shards to evaluate on while training, if any.
     """
 
     manifest: Manifest
@@ -42,6 +44,7 @@ class Plan:
     begun: bool
     data_fingerprint: str
     warnings: tuple[str, ...] = ()
+    online: Manifest | None = None
 
 
 def plan_run(config: TrainConfig, world_size: int) -> Plan:
@@ -81,9 +84,25 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         bool(complete_checkpoints(run)),
         digest.hexdigest(),
         tuple(_warnings(config, manifest)),
+        _online_shards(config),
     )
     _check_run_directory(run, config, plan)
     return plan
+
+
+def _online_shards(config: TrainConfig) -> Manifest | None:
+    """What the evaluation while training reads: all of it must be there, unlike training shards."""
+    if not config.online.shards:
+        return None
+    try:
+        cache = Path(config.data.cache) if config.data.cache else None
+        manifest = read_manifest(config.online.shards, True, cache, config.data.cache_gib)
+        labelled_shards(manifest)
+        if config.online.foreground == "mask":
+            require_component(manifest, "mask", "online.foreground=mask")
+    except InputError as error:
+        raise InputError(f"online.shards: {error}") from None
+    return manifest
 
 
 def _warnings(config: TrainConfig, manifest: Manifest) -> Iterator[str]:

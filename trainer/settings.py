@@ -191,3 +191,50 @@ class LossConfig:
             raise InputError(
                 f"loss.pixels_per_mask is {self.pixels_per_mask}; it must not be negative"
             )
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """Evaluation while training: K-means on labelled shards, as `maskbank evaluate kmeans`.
+
+    Attributes:
+        shards: folder or address of labelled shards; empty evaluates nothing.
+        every: steps; and before the first.
+        images: so many of the shards, evenly spread; 0 takes all.
+        size: side that images are resized to, pixels; 0 takes views.image_size.
+        batch_size: images a forward pass and rank.
+        clusters: K; 0 takes the number of classes without background. Where there are more than
+            classes each takes its best class.
+        seeds: clusterings, of which mean and deviation are logged.
+        pca: dimensions after whitened PCA; 0 does none.
+        foreground: pixels whose saliency logit (as published) or probability is above 0.5, or those
+            of the shards' own masks: logit, probability or mask.
+        pooling: of a foreground's embeddings: weighted by the logit (as published), or normalized.
+    """
+
+    shards: str = ""
+    every: int = 500
+    images: int = 0
+    size: int = 0
+    batch_size: int = 16
+    clusters: int = 0
+    seeds: int = 5
+    pca: int = 32
+    foreground: str = "logit"
+    pooling: str = "weighted"
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.batch_size, self.seeds) < 1:
+            raise InputError("online.every, online.batch_size and online.seeds must be at least 1")
+        if min(self.images, self.size, self.clusters, self.pca) < 0:
+            raise InputError(
+                "online.images, online.size, online.clusters and online.pca must not be negative"
+            )
+        if self.foreground not in ("logit", "probability", "mask"):
+            raise InputError(
+                f"online.foreground is {self.foreground!r}; it can be logit, probability or mask"
+            )
+        if self.pooling not in ("weighted", "normalized"):
+            raise InputError(
+                f"online.pooling is {self.pooling!r}; it can be weighted or normalized"
+            )

@@ -15,8 +15,8 @@ import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from data_pipeline.loader import BatchStream
 from trainer.checkpoint_writer import OtherRankFailed
+from trainer.clock import Clock
 from trainer.config import TrainConfig, add_arguments, load_config
 from trainer.distributed import (
     Ranks,
@@ -27,6 +27,7 @@ from trainer.distributed import (
     start_ranks,
 )
 from trainer.objective import contrast_views
+from trainer.online import OnlineEvaluation
 from trainer.preemption import StopRequest
 from trainer.preflight import Plan, plan_run
 from trainer.restarts import NoRestartHelps, end_launcher
@@ -60,7 +61,9 @@ def train(
     clock = Clock(config.data.batch_size, stream, state.seconds, state.step)
     step, micro_batches = state.step, config.optim.accumulate
     engine, bank = state.engine, state.bank
+    online = OnlineEvaluation(config, plan, engine, ranks, watchdog)
     try:
+        online.catch_up(step, log, clock)
         while step < plan.total_steps:
             engine.update_momentum(config.model.momentum)
             for micro in range(micro_batches):
@@ -89,6 +92,7 @@ def train(
                     log.write(row)
             if log is not None:
                 log.advance(step)
+            online.evaluate_if_due(step, log, clock, leave_out=agreed.stop)
             watchdog.at("saving", step)
             if step % config.run.checkpoint_every == 0 or step == plan.total_steps or agreed.stop:
                 state.seconds = clock.total_seconds
@@ -103,41 +107,6 @@ def train(
         if log is not None:
             log.close()
     return step
-
-
-class Clock:
-    """Images a second and the share of time that training waits for data, between two readings.
-
-    Args:
-        batch_size: images a step, over all ranks.
-        stream: whose waiting is read.
-        seconds_before: of training before this start.
-        step: finished steps at this start.
-    """
-
-    def __init__(
-        self, batch_size: int, stream: BatchStream, seconds_before: float, step: int
-    ) -> None:
-        self._batch_size, self._stream, self._step = batch_size, stream, step
-        self._time, self._wait = time.perf_counter(), 0.0
-        self._zero = self._time - seconds_before
-
-    @property
-    def total_seconds(self) -> float:
-        """Since training began, without the time between a stop and the next start."""
-        return time.perf_counter() - self._zero
-
-    def read(self, step: int, total_steps: int) -> dict[str, float]:
-        now, wait = time.perf_counter(), self._stream.wait_seconds
-        steps, seconds = step - self._step, max(now - self._time, 1e-9)
-        speed = {
-            "images_per_second": steps * self._batch_size / seconds,
-            "data_wait": (wait - self._wait) / seconds,
-            "eta_seconds": (total_steps - step) * seconds / steps,
-            "seconds": self.total_seconds,
-        }
-        self._time, self._wait, self._step = now, wait, step
-        return speed
 
 
 @contextmanager

@@ -30,8 +30,11 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from trainer.distributed import Ranks, broadcast_object
 
 EXIT_STATUS = 1
-# in the order of a step, which ends with the number of finished steps going up, before "saving"
-_ACTIVITIES = ("starting", "saving", "waiting for data", "computing", "agreeing", "ending")
+# in the order of a step, which ends with the number of finished steps going up: before what
+# comes between it and the next one
+_ACTIVITIES = (
+    *("starting", "evaluating", "saving", "waiting for data", "computing", "agreeing", "ending"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Sign:
 
     Attributes:
         count: grows with every sign.
-        step, micro: finished steps, and micro-batches of the next one.
+        step, micro: finished steps, and micro-batches of the next one; negative while evaluating:
+            forward passes that are left.
         activity: what the rank is doing, of `_ACTIVITIES`.
         seconds: for how long it has been at that.
         host, namespace, pid, born: of its process; born is the kernel's start time, since numbers
@@ -108,7 +112,10 @@ class Watchdog:
         self._done.set()
 
     def at(self, activity: str, step: int, micro: int = 0) -> None:
-        """Says what this rank does from now on, after so many steps and micro-batches."""
+        """Says what this rank does from now on, after so many steps and micro-batches.
+
+        Said again with another `micro`, it tells that the rank comes on.
+        """
         if step > self._step and self._activity:
             self._patience = self._timeout
         self._step, self._micro, self._activity = step, micro, _ACTIVITIES.index(activity)
