@@ -3,17 +3,14 @@
 import logging
 import os
 import sys
-from pathlib import Path
-from typing import Annotated, Optional
 
 import typer
 
 from data_pipeline.errors import InputError
 from evaluation.commands.kmeans import kmeans
 from evaluation.commands.linear import linear
-from evaluation.commands.options import console
+from evaluation.commands.report import compare, report
 from evaluation.commands.retrieval import retrieval
-from evaluation.report import write_report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -24,20 +21,8 @@ def evaluate() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 
 
-for command in (kmeans, linear, retrieval):
+for command in (kmeans, linear, retrieval, report, compare):
     app.command()(command)
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="Run directory, or another folder of results.")],
-    output: Annotated[Optional[Path], typer.Option(help="Where; default RUN/report.html.")] = None,  # noqa: UP045 (typer)
-) -> None:
-    """One self-contained HTML page about a run: numbers, pictures, curves, tables.
-
-    Example: `maskbank evaluate report runs/demo`
-    """
-    console.print(f"report: {write_report(run, output)}", soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

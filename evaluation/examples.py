@@ -15,7 +15,7 @@ from data_pipeline.whole_images import Label, WholeImage, WholeImages, normalise
 from evaluation.features import precision
 from evaluation.kmeans import Clustering
 from evaluation.kmeans_config import KMeansConfig
-from evaluation.prototypes import foreground_of
+from evaluation.prototypes import foreground_of, saliency_masks
 from trainer.encoder import Encoder
 
 
@@ -33,14 +33,15 @@ def write_examples(
     numbers = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
     chosen = [images.read(int(number)) for number in dict.fromkeys(numbers.tolist())]
     pixels = torch.stack([image.pixels for image in chosen])
-    embeddings, saliency = _embedded(encoder, pixels, config)
+    embeddings, saliency = _embedded(encoder, chosen, config)
     foreground = foreground_of(saliency, config.prototype).numpy()
+    given = config.prototype.foreground == "mask"
     arrays = {
         "key": np.array([image.key for image in chosen]),
         "image": pixels.permute(0, 2, 3, 1).numpy(),
         "mask": np.stack([_resized(image.mask, config.size) for image in chosen]),
         "label": np.stack([_resized(image.label, config.size) for image in chosen]),
-        "saliency": saliency.sigmoid().numpy(),
+        "saliency": (saliency if given else saliency.sigmoid()).numpy(),
         "clusters": cluster_maps(chosen, foreground, clustering),
         "embedding_rgb": principal_colours(embeddings),
     }
@@ -72,14 +73,26 @@ def principal_colours(embeddings: Tensor) -> UInt8:
     return stretched
 
 
-def _embedded(encoder: Encoder, pixels: Tensor, config: KMeansConfig) -> tuple[Tensor, Tensor]:
-    """Embeddings [B, D, S, S] and saliency logits [B, S, S] on the CPU, computed as for scoring."""
+def _embedded(
+    encoder: Encoder, images: list[WholeImage], config: KMeansConfig
+) -> tuple[Tensor, Tensor]:
+    """Embeddings [B, D, S, S] and saliency [B, S, S] on the CPU, computed as for scoring.
+
+    Saliency is logits, or the data set's masks where these are the foreground.
+    """
     device = next(encoder.parameters()).device
+    masks = config.prototype.foreground == "mask"
     parts = []
-    for part in torch.split(pixels, config.batch_size):
-        images = normalise(part.to(device)).contiguous(memory_format=torch.channels_last)
+    for first in range(0, len(images), config.batch_size):
+        batch = images[first : first + config.batch_size]
+        pixels = torch.stack([image.pixels for image in batch]).to(device)
+        normalised = normalise(pixels).contiguous(memory_format=torch.channels_last)
         with precision(config.precision, device):
-            embeddings, saliency = encoder.embed(images)
+            if masks:
+                embeddings = encoder.embeddings(normalised)
+                saliency = saliency_masks(batch, config.size)
+            else:
+                embeddings, saliency = encoder.embed(normalised)
         parts.append((embeddings.cpu(), saliency.cpu()))
     return torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts])
 

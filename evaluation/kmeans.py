@@ -11,6 +11,7 @@ from data_pipeline.labelled import LabelledSet
 from data_pipeline.whole_images import WholeImages
 from evaluation.cluster import ClusterConfig, Clusters, fit_clusters
 from evaluation.features import require_pixels
+from evaluation.image_scores import ImageScores, score_images
 from evaluation.kmeans_config import KMeansConfig
 from evaluation.matching import match_clusters, merge_columns
 from evaluation.miou import foreground_iou, score
@@ -33,11 +34,13 @@ class Clustering:
         class_of_cluster: int64, -1 for none. Of foregrounds [K + 1], where 0 is everything outside
             and centre i belongs to i + 1; of pixels [K].
         clusters: the centres.
+        scores: of each image, for pictures; None of pixels.
     """
 
     cluster_of_sample: dict[int, int]
     class_of_cluster: NDArray[np.int64]
     clusters: Clusters
+    scores: ImageScores | None = None
 
 
 def evaluate_kmeans(
@@ -57,6 +60,7 @@ def evaluate_kmeans(
     images = WholeImages(samples, config.size, threads)
     clusters = config.cluster.clusters or len(samples.classes) - 1
     cluster_of_sample: dict[int, int] = {}
+    image_scores = None
     if config.unit == "pixel":
         found, matrices = cluster_pixels(encoder, images, config, clusters, ranks)
         matches = [match_clusters(m, config.criterion, config.many_to_one) for m in matrices]
@@ -78,6 +82,7 @@ def evaluate_kmeans(
         ]
         numbers = zip(statistics.sample_ids.tolist(), assignments[0].tolist(), strict=True)
         cluster_of_sample = dict(numbers)
+        image_scores = score_images(statistics, assignments[0], found[0], matches[0], matrices[0])
         binary, empty = statistics.binary(), int((~statistics.found).sum())
     merged = [merge_columns(one, match) for one, match in zip(matrices, matches, strict=True)]
     scores = [score(one) for one in merged]
@@ -96,7 +101,7 @@ def evaluate_kmeans(
         options={**asdict(config), "images_without_foreground": empty},
         metrics={"pixel accuracy": tuple(one.pixel_accuracy for one in scores)},
     )
-    return result, Clustering(cluster_of_sample, matches[0], found[0])
+    return result, Clustering(cluster_of_sample, matches[0], found[0], image_scores)
 
 
 def cluster_images(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ Metrics = list[dict[str, Any]]
 VOID = -1
 MAX_CLASSES = 1024  # ImageNet-S has 920; the last colour is that of void
 MAX_PICTURE = 224  # px; shown at most about 190 px wide, the rest is for dense screens
+MAX_THUMBNAIL = 144  # px, of contact sheets, which hold hundreds of pictures
 MAX_BINS = 120
-CHART = {"width": 360, "height": 190, "left": 44, "right": 10, "top": 14, "bottom": 24}
+CHART = {"width": 360, "height": 190, "left": 48, "right": 10, "top": 14, "bottom": 24}
 
 # uint8 [256, 3]: proposals have no class, so they must not borrow a class's colour.
 PROPOSAL_PALETTE = np.resize(
@@ -88,6 +90,39 @@ def png_data_uri(picture: Bytes, colours: int | None = None) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
+def outlined(image: Bytes, segments: Segments) -> Bytes:
+    """`image` [H, W, 3] with the borders of `segments` [H, W]: two pixels in their class's colour.
+
+    A white line outside keeps a dark colour visible on a dark ground.
+    """
+    painted: Bytes = image.copy()
+    ring = _border(segments)
+    # what remains of each segment without its border has the next pixel's
+    ring |= _border(np.where(ring, 0, segments)) & (segments != 0)
+    painted[ring & (segments == 0)] = 255
+    inside = ring & (segments != 0)
+    painted[inside] = colour_segments(segments)[inside]
+    return painted
+
+
+def _border(segments: Segments) -> NDArray[np.bool_]:
+    """Pixels [H, W] of which one of four neighbours is of another segment."""
+    height, width = segments.shape
+    padded = np.pad(segments, 1, mode="edge")
+    around = [padded[r : r + height, c : c + width] for r, c in ((0, 1), (2, 1), (1, 0), (1, 2))]
+    border: NDArray[np.bool_] = (np.stack(around) != segments).any(axis=0)
+    return border
+
+
+def jpeg_data_uri(picture: Bytes) -> str:
+    """`picture` [H, W, 3] as a JPEG data URI, reduced to MAX_THUMBNAIL pixels."""
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    image.thumbnail((MAX_THUMBNAIL, MAX_THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=82, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
 def css_colour(index: int) -> str:
     """Class colour as CSS text."""
     red, green, blue = class_palette(MAX_CLASSES)[index % MAX_CLASSES].tolist()
@@ -127,44 +162,105 @@ def path_data(xs: Floats, ys: Floats) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys, strict=True))
 
 
+@dataclass(frozen=True)
+class Axes:
+    """Where steps start..stop and values ticks[0]..ticks[-1] lie in the view box."""
+
+    start: float
+    stop: float
+    ticks: list[float]
+
+    def across(self, step: Floats) -> Floats:
+        """x of steps."""
+        right = CHART["width"] - CHART["right"]
+        share = (step - self.start) / (self.stop - self.start)
+        return CHART["left"] + share * (right - CHART["left"])
+
+    def up(self, value: Floats) -> Floats:
+        """y of values."""
+        base = CHART["height"] - CHART["bottom"]
+        share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
+        return base - share * (base - CHART["top"])
+
+    def marks(self, unit: str) -> dict[str, list[tuple[float, str]]]:
+        """Places and texts of the ticks."""
+        steps = [t for t in nice_ticks(self.start, self.stop) if self.start <= t <= self.stop]
+        xs, ys = self.across(np.array(steps)), self.up(np.array(self.ticks))
+        return {
+            "x_ticks": [(x, compact(t)) for x, t in zip(xs, steps, strict=True)],
+            "y_ticks": [(y, compact(t) + unit) for y, t in zip(ys, self.ticks, strict=True)],
+        }
+
+
+def axes_of(first: float, last: float, low: float, high: float) -> Axes:
+    """Axes for these steps and values, from 0 on where that is near."""
+    start = 0.0 if 0 <= first < 0.3 * last else first
+    ticks = nice_ticks(0.0 if 0 <= low < 0.6 * high else low, high)
+    return Axes(start, last if last > start else start + 1, ticks)
+
+
+def points_of(entries: Metrics, key: str, factor: float) -> tuple[Floats, int]:
+    """Steps and values [n, 2] of a metric, and how many values were not finite."""
+    pairs = [(entry["step"], number(entry[key])) for entry in entries if key in entry]
+    points = [(s, v * factor) for s, v in pairs if v is not None]
+    return np.array(points, dtype=np.float64).reshape(-1, 2), len(pairs) - len(points)
+
+
 def chart(entries: Metrics, curve: tuple[str, str, str, float, str]) -> dict[str, Any]:
     """A curve in units of the SVG view box: bin means as a line, ranges as a band behind it."""
     key, title, note, factor, unit = curve
-    pairs = [(entry["step"], number(entry[key])) for entry in entries if key in entry]
-    points = np.array([(s, v * factor) for s, v in pairs if v is not None], dtype=np.float64)
-    result = {"title": title, "note": note, "skipped": len(pairs) - len(points), "latest": ""}
+    points, skipped = points_of(entries, key, factor)
+    result = {"title": title, "note": note, "skipped": skipped, "latest": ""}
     if not len(points):
         return result
     bins = np.array_split(points, min(len(points), MAX_BINS))
     steps, means = np.array([b.mean(axis=0) for b in bins]).T
     lows, highs = np.array([[b[:, 1].min(), b[:, 1].max()] for b in bins]).T
-    low, high = float(lows.min()), float(highs.max())
-    ticks = nice_ticks(0.0 if 0 <= low < 0.6 * high else low, high)
     first, last = float(points[0, 0]), float(points[-1, 0])
-    start = 0.0 if 0 <= first < 0.3 * last else first
-    stop = last if last > start else start + 1
-    right, base = CHART["width"] - CHART["right"], CHART["height"] - CHART["bottom"]
-
-    def across(step: Floats) -> Floats:
-        return CHART["left"] + (step - start) / (stop - start) * (right - CHART["left"])
-
-    def up(value: Floats) -> Floats:
-        return base - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (base - CHART["top"])
-
-    xs, ys = across(steps), up(means)
+    axes = axes_of(first, last, float(lows.min()), float(highs.max()))
+    xs, ys = axes.across(steps), axes.up(means)
+    right = CHART["width"] - CHART["right"]
     cuts = np.concatenate([[CHART["left"]], (xs[1:] + xs[:-1]) / 2, [right]])
-    around = np.concatenate([xs, xs[::-1]]), np.concatenate([up(highs), up(lows)[::-1]])
-    x_ticks = np.array([tick for tick in nice_ticks(start, stop) if start <= tick <= stop])
-    y_ticks = np.array(ticks)
+    around = np.concatenate([xs, xs[::-1]]), np.concatenate([axes.up(highs), axes.up(lows)[::-1]])
     return result | {
         "latest": compact(float(points[-1, 1])) + unit,
         "line": path_data(xs, ys),
         "band": path_data(*around) + "Z" if len(points) > len(bins) else "",
         "end": (xs[-1], ys[-1]),
-        "x_ticks": [(x, compact(t)) for x, t in zip(across(x_ticks), x_ticks, strict=True)],
-        "y_ticks": [(y, compact(t) + unit) for y, t in zip(up(y_ticks), y_ticks, strict=True)],
+        **axes.marks(unit),
         "hits": [
             {"x": x, "y": y, "left": a, "width": b - a, "text": f"{compact(v)}{unit} at {s:,.0f}"}
             for x, y, a, b, v, s in zip(xs, ys, cuts, cuts[1:], means, steps, strict=False)
         ],
+    }
+
+
+def overlaid_chart(
+    runs: dict[int, Metrics], curve: tuple[str, str, str, float, str]
+) -> dict[str, Any] | None:
+    """The same curve of several runs, by their number, on common axes; None where none has it."""
+    key, title, note, factor, unit = curve
+    found = {number: points_of(entries, key, factor)[0] for number, entries in runs.items()}
+    found = {number: points for number, points in found.items() if len(points)}
+    if not found:
+        return None
+    lines = {
+        number: np.array([b.mean(axis=0) for b in np.array_split(p, min(len(p), MAX_BINS))])
+        for number, p in found.items()
+    }
+    every = np.concatenate(list(lines.values()))
+    (first, low), (last, high) = every.min(axis=0).tolist(), every.max(axis=0).tolist()
+    axes = axes_of(first, last, low, high)
+    return {
+        "title": title,
+        "note": note,
+        "lines": [
+            {
+                "run": number,
+                "path": path_data(axes.across(line[:, 0]), axes.up(line[:, 1])),
+                "latest": compact(float(found[number][-1, 1])) + unit,
+            }
+            for number, line in lines.items()
+        ],
+        **axes.marks(unit),
     }

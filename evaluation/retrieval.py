@@ -67,11 +67,15 @@ class Neighbours:
         queries: int64 [q], sample ids in the evaluated set.
         bank: int64 [q, k], sample ids in the bank's set, nearest first.
         similarity: float32 [q, k], cosines.
+        query_class: int64 [q], the most frequent class inside the mask, 0 where no object is.
+        bank_class: int64 [q, k], of the bank images.
     """
 
     queries: NDArray[np.int64]
     bank: NDArray[np.int64]
     similarity: NDArray[np.float32]
+    query_class: NDArray[np.int64]
+    bank_class: NDArray[np.int64]
 
 
 def evaluate_retrieval(
@@ -186,6 +190,10 @@ def _retrieve(
         matrix,
         len(usable),
         Neighbours(
-            queries.sample_ids[shown], bank.sample_ids[usable][nearest[shown]], similarity[shown]
+            queries.sample_ids[shown],
+            bank.sample_ids[usable][nearest[shown]],
+            similarity[shown],
+            frequent_classes(queries)[shown],
+            labels[usable][nearest[shown]],
         ),
     )

@@ -12,7 +12,7 @@ from evaluation.examples import cluster_maps, principal_colours, write_examples
 from evaluation.kmeans import Clustering, evaluate_kmeans
 from evaluation.kmeans_config import KMeansConfig
 from evaluation.prototypes import PrototypeConfig
-from evaluation.report import read_examples
+from evaluation.report_data import read_examples
 from tests.evaluation_data import BlockItem, block_shards, oracle, random_encoder, scene_shards
 from trainer.distributed import Ranks
 

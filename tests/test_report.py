@@ -15,26 +15,34 @@ import pytest
 from PIL import Image
 
 from data_pipeline.errors import InputError
-from evaluation.report import (
-    MAX_CONFUSION,
+from evaluation.report import write_report
+from evaluation.report_data import (
     MAX_EXAMPLES,
-    class_rows,
-    confusion_grid,
-    duration,
+    Evaluation,
     read_evaluation,
     read_examples,
     read_metrics,
-    write_report,
 )
 from evaluation.report_figures import (
+    MAX_CLASSES,
     MAX_PICTURE,
+    VOID,
     chart,
     class_palette,
     colour_segments,
     compact,
     nice_ticks,
+    outlined,
     overlay,
     png_data_uri,
+)
+from evaluation.report_tables import (
+    MAX_CONFUSION,
+    class_rows,
+    confusion_grid,
+    duration,
+    network_order,
+    summary_rows,
 )
 
 SIZE = 8
@@ -76,7 +84,7 @@ def evaluation(protocol: str, network: str, names: list[str], mean: float) -> di
         "protocol": protocol,
         "network": network,
         "step": 300,
-        "miou": {"mean": mean, "std": 0.75, "values": [mean - 0.75, mean + 0.75]},
+        "miou": {"mean": mean, "std": 1.06, "values": [mean - 0.75, mean + 0.75]},
         "foreground_iou": 71.26 if network == "trained" else 22.04,
         "pixel_accuracy": 88.88,
         "per_class": [
@@ -93,16 +101,16 @@ def evaluation(protocol: str, network: str, names: list[str], mean: float) -> di
 def write_examples(path: Path, keys: list[str], size: int = SIZE) -> None:
     shape = (len(keys), size, size)
     rng = np.random.default_rng(0)
-    label = np.zeros(shape, np.uint8)
+    label = np.zeros(shape, np.int16)
     label[:, : size // 2] = 1
-    label[:, -1] = 255
+    label[:, -1] = -1
     np.savez(
         path,
         key=np.array(keys),
         image=rng.integers(0, 255, (*shape, 3), dtype=np.uint8),
         mask=(label == 1).astype(np.uint8),
         saliency=np.full(shape, 0.5, np.float32),
-        clusters=np.full(shape, 2, np.uint8),
+        clusters=np.full(shape, 2, np.int16),
         label=label,
         embedding_rgb=np.zeros((*shape, 3), np.uint8),
     )
@@ -147,7 +155,7 @@ def test_page_shows_the_numbers_of_the_run(run: Path) -> None:
     text = Page(run / "report.html").text
     for shown in (
         "shapes",
-        "43.2 % ± 0.8 over 2 runs",
+        "43.2 % ± 1.1 over 2 runs",
         "The same network before training: 4.4 %.",
         "61.0 %",
         "The same network before training: 9.9 %.",
@@ -205,7 +213,7 @@ def test_tables_have_scopes_and_the_switch_has_two_networks(run: Path) -> None:
     page = Page(write_report(run))
     assert all(header.get("scope") in ("col", "row") for header in page.attributes("th"))
     radios = [i for i in page.attributes("input") if i["type"] == "radio"]
-    assert [radio["id"] for radio in radios] == ["show-trained", "show-initial"]
+    assert [radio["id"] for radio in radios] == ["show-0", "show-1"]
     widths = re.findall(r"width:([\d.]+)%\"", page.source)
     assert {"43.2", "4.4", "61.0", "9.9"} <= set(widths)
 
@@ -236,8 +244,38 @@ def test_parts_of_an_evaluation_are_enough(run: Path, kept: str) -> None:
     assert len(page.attributes("img")) == (12 if kept.endswith("npz") else 0)
 
 
+def test_results_of_a_foreign_checkpoint_are_enough(tmp_path: Path) -> None:
+    names = ["background", "cat", "dog"]
+    for data_set, protocol, network in (
+        ("voc", "kmeans", HOSTILE[:7]),
+        ("voc", "kmeans-many-500", "moco"),
+        (ATTRIBUTE[:9], "made-up", "moco"),
+    ):
+        folder = tmp_path / "evaluation" / data_set
+        folder.mkdir(parents=True, exist_ok=True)
+        payload = evaluation(protocol, network, names, 30.0) | {
+            "metrics": {"J & F": [70.0, None, 72.0]},
+            "published": [{"what": "MaskContrast", "value": 35.0, "metric": "mIoU"}],
+        }
+        (folder / f"{protocol}-{network}.json").write_text(json.dumps(payload))
+    page = Page(write_report(tmp_path))
+    for shown in (
+        "PASCAL VOC 2012",
+        "Over-clustering, each cluster its class of largest IoU, K = 500",
+        "30.0 ± 1.1 (2)",
+        "71.0 ± 1.4 (2)",
+        "35.0 MaskContrast",
+        "Made-up",
+        HOSTILE[:7],
+    ):
+        assert shown in page.text, shown
+    for absent in ("Training", "Wall time", "Configuration", "no training log"):
+        assert absent not in page.text
+    assert not page.attributes("pre")
+
+
 def test_a_directory_without_configuration_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no config\.yaml"):
+    with pytest.raises(InputError, match=r"no config\.yaml and no evaluation/"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -288,7 +326,7 @@ def test_confusion_must_fit_its_classes(run: Path) -> None:
     payload = json.loads(path.read_text())
     path.write_text(json.dumps(payload | {"confusion": [[1, 2], [3, 4]]}))
     with pytest.raises(InputError, match=r"\(2, 2\) for 4 classes"):
-        read_evaluation(run, "kmeans", "trained")
+        read_evaluation(path)
 
 
 def test_examples_are_checked_and_limited(tmp_path: Path) -> None:
@@ -352,16 +390,16 @@ def test_palette_is_that_of_pascal_voc() -> None:
     assert class_palette(5).tolist() == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128],
     ]  # fmt: skip
-    full = class_palette(256)
-    assert full.shape == (256, 3)
+    full = class_palette(MAX_CLASSES)
+    assert full.shape == (MAX_CLASSES, 3)
     assert full.dtype == np.uint8
     assert full[15].tolist() == [192, 128, 128]  # person
-    assert full[255].tolist() == [224, 224, 224]
-    assert len(np.unique(full, axis=0)) == 256
+    assert full[VOID].tolist() == [224, 224, 224]
+    assert len(np.unique(full[[*range(256), VOID]], axis=0)) == 257
 
 
 def test_segments_are_painted_and_outlined() -> None:
-    segments = np.zeros((6, 6), np.uint8)
+    segments = np.zeros((6, 6), np.int16)
     segments[2:4, 2:4] = 1
     assert colour_segments(segments)[2, 2].tolist() == [128, 0, 0]
     painted = overlay(np.full((6, 6, 3), 100, np.uint8), segments, alpha=0.5)
@@ -372,32 +410,87 @@ def test_segments_are_painted_and_outlined() -> None:
     assert painted[1, 2].tolist() == painted[3, 3].tolist() == [255, 255, 255]
 
 
+def test_outlines_are_of_the_class_with_white_around() -> None:
+    segments = np.zeros((12, 12), np.int16)
+    segments[2:9, 2:9] = 1
+    segments[11, 11] = VOID
+    drawn = outlined(np.full((12, 12, 3), 100, np.uint8), segments)
+    assert drawn[5].tolist() == [
+        [colour] * 3 if isinstance(colour, int) else colour
+        for colour in (100, 255, *[[128, 0, 0]] * 2, *[100] * 3, *[[128, 0, 0]] * 2, 255, 100, 100)
+    ]
+    assert drawn[11, 11].tolist() == [224] * 3
+
+
 def test_pictures_are_reduced() -> None:
     picture = np.zeros((2 * MAX_PICTURE, 2 * MAX_PICTURE, 3), np.uint8)
     assert decode(png_data_uri(picture)).size == (MAX_PICTURE, MAX_PICTURE)
     assert decode(png_data_uri(picture[:3, :5, 0])).size == (5, 3)
 
 
-def test_classes_are_sorted_and_joined_by_name() -> None:
-    def scores(iou: list[float | None]) -> dict[str, Any]:
-        return {"classes": ["a", "b", "c"], "iou": iou, "pixels": [10.0, 0.0, 30.0]}
+def scores(network: str, iou: list[float | None], **more: Any) -> Evaluation:
+    """A result of the classes a, b, c, of which b is absent."""
+    count = len(iou)
+    return Evaluation(
+        **{
+            "data_set": "", "protocol": "kmeans", "network": network, "measure": "mIoU",
+            "step": None, "foreground_iou": None, "pixel_accuracy": None, "images": None,
+            "seconds": None, "values": [10.0, 12.0], "metrics": {}, "published": [],
+            "classes": [f"c{i}" for i in range(count)], "iou": iou,
+            "pixels": [10.0, 0.0, 30.0][:count], "confusion": np.zeros((count, count), np.int64),
+            "unmatched": np.zeros(count, np.int64), "options": {},
+        }
+        | more
+    )  # fmt: skip
 
+
+def test_classes_are_sorted_and_joined_by_name() -> None:
     rows = class_rows(
-        {"kmeans-trained": scores([1.0, None, 2.0]), "other": scores([5.0, 6.0, 7.0])}
+        [
+            {"initial": scores("initial", [5.0, 6.0, 7.0]), "moco": scores("moco", [1, None, 2])},
+            {"initial": scores("initial", [8.0, 9.0], protocol="linear")},
+        ]
     )
-    assert [row["name"] for row in rows] == ["c", "a", "b"]
-    assert rows[0] == {
-        "name": "c", "colour": "rgb(0 128 0)", "share": 75.0,
-        "iou": {"kmeans-trained": 2.0, "other": 7.0},
-    }  # fmt: skip
-    assert class_rows({}) == []
+    assert [row["name"] for row in rows] == ["c2", "c0", "c1"]
+    assert rows[0]["share"] == 75.0
+    assert rows[0]["colour"] == "rgb(0 128 0)"
+    # now and before, in each column; the network before training alone is no trained one
+    assert [row["cells"] for row in rows] == [
+        [(2, 7.0), (None, None)],
+        [(1, 5.0), (None, 8.0)],
+        [(None, 6.0), (None, 9.0)],
+    ]
+    assert class_rows([]) == []
+
+
+def test_every_figure_has_a_row() -> None:
+    figures = {"pixel accuracy": [50.0, 52.0, 54.0], "F": []}
+    published = [(44.2, "paper", "mIoU"), (8.8, "other", "pixel accuracy")]
+    voc: dict[str, Any] = {"data_set": "voc", "metrics": figures, "published": published}
+    evaluations = [scores("trained", [1.0], **voc), scores("a", [1.0], values=[3.0])]
+    assert network_order(["initial", "b", "trained", "a"]) == ["trained", "a", "b", "initial"]
+    rows = summary_rows(evaluations, ["trained", "a"])
+    assert [(row["data_set"], row["measure"], row["main"]) for row in rows] == [
+        ("PASCAL VOC 2012", "mIoU", True),
+        ("PASCAL VOC 2012", "pixel accuracy", False),
+        ("PASCAL VOC 2012", "F", False),
+        ("", "mIoU", True),
+    ]
+    cells = [[cell and (cell.mean, cell.std, cell.count) for cell in row["cells"]] for row in rows]
+    assert cells == [
+        [(11.0, pytest.approx(2**0.5), 2), None],
+        [(52.0, 2.0, 3), None],
+        [None, None],
+        [None, (3.0, None, 1)],
+    ]
+    assert [row["published"] for row in rows] == [[(44.2, "paper")], [(8.8, "other")], [], []]
 
 
 def test_confusion_keeps_the_largest_classes() -> None:
     count = MAX_CONFUSION + 2
     counts = np.diag(np.arange(count)) * 100
     counts[5, 9] = 500
-    grid = confusion_grid({"confusion": counts, "classes": [f"c{i}" for i in range(count)]})
+    grid = confusion_grid(scores("trained", [1.0] * count, confusion=counts, pixels=[1.0] * count))
     assert grid["names"][0] == "c2"
     assert len(grid["names"]) == MAX_CONFUSION
     assert grid["hidden"] == 2
@@ -408,12 +501,11 @@ def test_pixels_without_a_class_are_part_of_their_row(run: Path) -> None:
     path = run / "evaluation" / "kmeans-trained.json"
     payload = json.loads(path.read_text())
     path.write_text(json.dumps(payload | {"unmatched": [0, 100, 0, 0]}))
-    loaded = read_evaluation(run, "kmeans", "trained")
-    assert loaded is not None
+    loaded = read_evaluation(path)
     assert confusion_grid(loaded)["mistakes"] == [(HOSTILE, "background", 10.0)]
     path.write_text(json.dumps(payload | {"unmatched": [1]}))
     with pytest.raises(InputError, match=r"unmatched is \(1,\) for 4 classes"):
-        read_evaluation(run, "kmeans", "trained")
+        read_evaluation(path)
 
 
 def test_ignored_pixels_are_no_proposal(run: Path) -> None:

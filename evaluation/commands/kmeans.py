@@ -9,6 +9,7 @@ import typer
 from data_pipeline.labelled import LabelledSet
 from evaluation.cluster import ClusterConfig
 from evaluation.commands import options as common
+from evaluation.contact_sheets import write_cluster_sheet
 from evaluation.datasets import DataSet
 from evaluation.examples import write_examples
 from evaluation.kmeans import Clustering, evaluate_kmeans
@@ -122,9 +123,12 @@ def run_kmeans(
         folder = result_folder(subject.folder, data_set)
         head = saved_clusters(clustering, config, samples.classes, data_set, result.step)
         head.write(folder / f"{result.protocol}-{subject.name}.safetensors")
-        if examples > 0 and config.unit == "image" and result.protocol == "kmeans":
-            path = folder / f"examples-{subject.name}.npz"
-            write_examples(subject.encoder, samples, config, clustering, path, examples)
+        if examples > 0 and config.unit == "image":
+            drawn = (subject.encoder, samples, config, clustering)
+            if result.protocol == "kmeans":
+                write_examples(*drawn, folder / f"examples-{subject.name}.npz", examples)
+            path = folder / f"clusters-{result.protocol}-{subject.name}.npz"
+            write_cluster_sheet(*drawn, result, path)
     return result
 
 

@@ -5,10 +5,14 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from data_pipeline.labelled import LabelledSet
 from evaluation.commands import options as common
+from evaluation.commands.kmeans import result_folder
+from evaluation.contact_sheets import write_neighbour_sheet
 from evaluation.prototypes import PrototypeConfig
+from evaluation.result import Result
 from evaluation.retrieval import RetrievalConfig, evaluate_retrieval
-from trainer.distributed import cores_per_rank, same_on_all_ranks
+from trainer.distributed import Ranks, cores_per_rank, same_on_all_ranks
 
 
 def retrieval(
@@ -59,7 +63,24 @@ def retrieval(
     ranks = common.start(device)
     for one in (samples, bank):
         common.check_samples(one, ranks)
-    results, _ = evaluate_retrieval(
+    results = run_retrieval(subject, bank, samples, config, source.name, ranks)
+    common.finish(results, subject, source, ranks, html)
+
+
+def run_retrieval(
+    subject: common.Subject,
+    bank: LabelledSet,
+    samples: LabelledSet,
+    config: RetrievalConfig,
+    data_set: str,
+    ranks: Ranks,
+    pictures: bool = True,
+) -> list[Result]:
+    """Evaluates, and writes some queries with their neighbours for the report."""
+    results, neighbours = evaluate_retrieval(
         subject.encoder, bank, samples, config, ranks, subject.name, cores_per_rank()
     )
-    common.finish(results, subject, source, ranks, html)
+    if pictures and ranks.is_main and len(neighbours.queries) > 0:
+        path = result_folder(subject.folder, data_set) / f"neighbours-{subject.name}.npz"
+        write_neighbour_sheet(subject.encoder, bank, samples, config, neighbours, results[0], path)
+    return results
