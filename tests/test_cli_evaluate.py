@@ -104,18 +104,19 @@ def read_result(run: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def test_kmeans_linear_and_report(case: Case, command: Command) -> None:
+def test_kmeans_and_report(case: Case, command: Command) -> None:
     arguments = ("kmeans", case.run, "--shards", case.test, *KMEANS, "--examples", 3)
     status, out, error = command(*arguments)
     assert status == 0, error
     result = read_result(case.run, "kmeans-trained")
     assert set(result) == {
         "protocol", "network", "step", "miou", "foreground_iou", "pixel_accuracy", "per_class",
-        "confusion", "unmatched", "images", "seconds", "options",
+        "confusion", "unmatched", "images", "seconds", "options", "data_set", "measure",
+        "metrics", "published",
     }  # fmt: skip
     assert (result["protocol"], result["network"], result["step"]) == ("kmeans", "trained", 12)
     assert result["images"] == 14
-    assert result["miou"]["mean"] == pytest.approx(np.mean(result["miou"]["values"]))
+    assert result["miou"]["mean"] == pytest.approx(np.mean(result["miou"]["values"]), abs=1e-4)
     assert len(result["miou"]["values"]) == 5
     present = [entry["iou"] for entry in result["per_class"] if entry["iou"] is not None]
     assert result["miou"]["values"][0] == pytest.approx(np.mean(present), abs=1e-3)
@@ -135,6 +136,15 @@ def test_kmeans_linear_and_report(case: Case, command: Command) -> None:
     with np.load(case.run / "evaluation" / "examples-trained.npz") as examples:
         assert examples["image"].shape == (3, 40, 40, 3)
 
+    status, out, error = command("report", case.run)
+    assert status == 0, error
+    assert "report.html" in out
+    page = (case.run / "report.html").read_text()
+    assert f"{read_result(case.run, 'kmeans-trained')['miou']['mean']:.1f}" in page
+    assert page.count('<img src="data:image/png') == 3 * 6
+
+
+def test_linear_and_transfer(case: Case, command: Command) -> None:
     arguments = ("linear", case.run, "--train-shards", case.train, "--shards", case.test, *LINEAR)
     status, out, error = command(*arguments, "--seeds", 2, "--initial")
     assert status == 0, error
@@ -143,14 +153,28 @@ def test_kmeans_linear_and_report(case: Case, command: Command) -> None:
     assert len(result["miou"]["values"]) == 2
     assert result["options"]["epochs"] == 2
     assert result["options"]["augment"] is False
-    assert "linear of the initial network at step 0, 14 images" in out
+    assert "linear classifier of the initial network at step 0, 14 images" in out
 
-    status, out, error = command("report", case.run)
+    head = case.run / "evaluation" / "linear-initial.safetensors"
+    arguments = ("transfer", case.run, "--initial", "--shards", case.test, "--classifier", head)
+    status, out, error = command(*arguments, "--precision", "float32", "--device", "cpu")
     assert status == 0, error
-    assert "report.html" in out
-    page = (case.run / "report.html").read_text()
-    assert f"{read_result(case.run, 'kmeans-trained')['miou']['mean']:.1f}" in page
-    assert page.count('<img src="data:image/png') == 3 * 6
+    again = read_result(case.run, "transfer-initial")
+    assert again["options"]["size"] == 40, "that of the classifier"
+    moved = np.abs(np.array(again["confusion"]) - result["confusion"]).sum()
+    assert moved <= 0.01 * np.sum(result["confusion"]), "the same, but for features of 16 bits"
+
+
+def test_finetune(case: Case, tmp_path: Path, command: Command) -> None:
+    sets = ("--train-shards", case.train, "--shards", case.test, "--output", tmp_path)
+    options = (*QUICK, "--epochs", 1, "--min-steps", 1, "--batch-size", 4)
+    drawn = ("--fractions", "20", "--splits", 2)
+    status, out, error = command("finetune", case.run, *sets, *options, *drawn)
+    assert status == 0, error
+    assert "fine-tuning on 20% of the labels of the trained network at step 12" in out
+    result = read_result(tmp_path, "finetune-20-trained")
+    assert result["options"]["learned_on"] == [1, 1]
+    assert len(result["miou"]["values"]) == 2
 
 
 def test_two_ranks_equal_one(
@@ -208,6 +232,7 @@ def test_unknown_options_and_missing_ones_are_refused(
     assert "--cluster" in refusal("kmeans", case.run, "--shards", case.test, "--cluster=3")
     assert "--shards" in refusal("kmeans", case.run)
     assert "--train-shards" in refusal("linear", case.run, "--shards", case.test)
+    assert "holds no classifier" in refusal("linear", case.run, "--own-classifier")
 
 
 def test_no_run_and_no_checkpoint(case: Case, tmp_path: Path, refusal: Callable[..., str]) -> None:
