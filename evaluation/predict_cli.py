@@ -43,6 +43,20 @@ Paper/Project link: null
 Method description: null
 """
 
+Head = Annotated[
+    Optional[str],  # noqa: UP045 (typer)
+    typer.Option(
+        help="File of `evaluate kmeans` or `linear`; default: the run's kmeans-trained. "
+        "none: saliency masks."
+    ),
+]
+Write = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        help=f"Of {', '.join(OUTPUT_KINDS)}; with commas or repeated. Default: colour,overlay."
+    ),
+]
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
 
@@ -53,22 +67,11 @@ def predict(
         list[str], typer.Argument(help="Images, folders (searched deeply), patterns in quotes.")
     ],
     output: Annotated[Path, typer.Option(help="Folder of predictions.")],
-    head: Annotated[
-        Optional[str],  # noqa: UP045 (typer)
-        typer.Option(
-            help="File of `evaluate kmeans` or `linear`; default: the run's kmeans-trained. "
-            "none: saliency masks."
-        ),
-    ] = None,
+    head: Head = None,
     own_classifier: Annotated[
         bool, typer.Option("--own-classifier", help="That of a linear-probe checkpoint.")
     ] = False,
-    write: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help=f"Of {', '.join(OUTPUT_KINDS)}; with commas or repeated. Default: colour,overlay."
-        ),
-    ] = None,
+    write: Write = None,
     size: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="Images are resized to this side, pixels; default: the head's, or 512."),
@@ -108,16 +111,10 @@ def predict(
             saliency="saliency" in kinds,
             embedding="embedding" in kinds,
         )
-        encoder = load_encoder(network)
-        if "saliency" in kinds:
-            encoder.require("saliency", "--write saliency")
-        chosen, where = choose_head(encoder, network, head, own_classifier)
-        predictor = Predictor(encoder, chosen, "cpu", config)
-        if "imagenet-s" in kinds and len(predictor.classes) > _IMAGENET_S_CLASSES:
-            raise InputError(f"ImageNet-S has no {len(predictor.classes)} classes; leave it out")
+        predictor, where = _load(network, head, own_classifier, kinds, config)
     ranks = common.start(device)
     if ranks.device.type != "cpu":
-        predictor = Predictor(encoder, chosen, ranks.device, config)
+        predictor = Predictor(predictor.encoder, predictor.head, ranks.device, config)
     outputs = Outputs(output, kinds, _palette(predictor), len(predictor.classes))
     pictures = None
     if ranks.is_main:  # one rank looks, as files may come and go
@@ -128,6 +125,26 @@ def predict(
         predictor, found, outputs, ranks, batch_size, cores_per_rank(), not resume, lenient
     )
     _finish(counts, output, ranks)
+
+
+def _load(
+    network: Path,
+    head: str | None,
+    own_classifier: bool,
+    kinds: tuple[str, ...],
+    config: PredictConfig,
+) -> tuple[Predictor, str]:
+    """The network with its head, on the CPU, and what to call the head."""
+    encoder = load_encoder(network)
+    if "saliency" in kinds:
+        encoder.require("saliency", "--write saliency")
+    chosen, where = choose_head(encoder, network, head, own_classifier)
+    predictor = Predictor(encoder, chosen, "cpu", config)
+    if "imagenet-s" in kinds and len(predictor.classes) > _IMAGENET_S_CLASSES:
+        raise InputError(
+            f"ImageNet-S has no {len(predictor.classes)} classes; leave --write imagenet-s out"
+        )
+    return predictor, where
 
 
 def choose_head(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.sample import IGNORE
+from evaluation.palettes import VOID
 from evaluation.report_data import (
     MAX_EXAMPLES,
     Evaluation,
@@ -31,7 +32,6 @@ from evaluation.report_data import (
 from evaluation.report_figures import (
     CHART,
     PROPOSAL_PALETTE,
-    VOID,
     Segments,
     chart,
     css_colour,

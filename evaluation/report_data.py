@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from data_pipeline.errors import InputError
 from evaluation.datasets import DATA_SETS
 from evaluation.gallery import load_arrays
-from evaluation.report_figures import MAX_CLASSES, VOID, Metrics, number
+from evaluation.palettes import MAX_CLASSES, VOID
+from evaluation.report_figures import Metrics, number
 from evaluation.result import title_of
 
 MAX_EXAMPLES = 12

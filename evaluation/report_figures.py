@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Bytes = NDArray[np.uint8]
+from evaluation.palettes import MAX_CLASSES, VOID, Bytes, class_palette
+
 Segments = NDArray[np.int16]  # ids, -1 for void
 Floats = NDArray[np.float64]
 Metrics = list[dict[str, Any]]
 
-VOID = -1
-MAX_CLASSES = 1024  # ImageNet-S has 920; the last colour is that of void
 MAX_PICTURE = 224  # px; shown at most about 190 px wide, the rest is for dense screens
 MAX_THUMBNAIL = 144  # px, of contact sheets, which hold hundreds of pictures
 MAX_BINS = 120
@@ -33,22 +32,6 @@ PROPOSAL_PALETTE = np.resize(
     (256, 3),
 )
 PROPOSAL_PALETTE[VOID] = 224
-
-
-def class_palette(count: int) -> Bytes:
-    """Colours of PASCAL VOC, uint8 [count, 3]; the last of all MAX_CLASSES, void, is light grey.
-
-    The bits of an id are dealt to red, green, blue in turn, highest colour bit first, which
-    keeps neighbouring ids far apart.
-    """
-    ids = np.arange(count)
-    colours = np.zeros((count, 3), dtype=np.int64)
-    for shift in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((ids >> (3 * shift + channel)) & 1) << (7 - shift)
-    palette = colours.astype(np.uint8)
-    palette[MAX_CLASSES - 1 :] = 224
-    return palette
 
 
 def colour_segments(segments: Segments, palette: Bytes | None = None) -> Bytes:
