@@ -7,10 +7,14 @@ import sys
 import typer
 
 from data_pipeline.errors import InputError
+from evaluation.commands.finetune import finetune
 from evaluation.commands.kmeans import kmeans
 from evaluation.commands.linear import linear
 from evaluation.commands.report import compare, report
 from evaluation.commands.retrieval import retrieval
+from evaluation.commands.table import table
+from evaluation.commands.transfer import transfer
+from evaluation.commands.video import video
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -21,7 +25,7 @@ def evaluate() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 
 
-for command in (kmeans, linear, retrieval, report, compare):
+for command in (kmeans, linear, retrieval, finetune, transfer, video, table, report, compare):
     app.command()(command)
 
 

@@ -50,10 +50,20 @@ def evaluate_kmeans(
     ranks: Ranks,
     network: str = "trained",
     threads: int = 2,
+    statistics: ImageStatistics | None = None,
 ) -> tuple[Result, Clustering]:
     """K-means mIoU on labelled images; the same on every rank.
 
     And for any number of ranks, but for the network's rounding, where that depends on the batch.
+
+    Args:
+        encoder: the network.
+        samples: to score on.
+        config: the protocol.
+        ranks: that share the work.
+        network: its name in the result.
+        threads: that read images.
+        statistics: of these images (`image_statistics`), where they are known already.
     """
     start = time.monotonic()
     config.require(encoder)
@@ -66,9 +76,8 @@ def evaluate_kmeans(
         matches = [match_clusters(m, config.criterion, config.many_to_one) for m in matrices]
         binary, empty = None, 0
     else:
-        statistics = collect_statistics(
-            *(encoder, images, config.prototype, ranks, config.batch_size, config.precision)
-        )
+        if statistics is None:
+            statistics = image_statistics(encoder, images, config, ranks)
         require_pixels(statistics.binary(), samples)
         found = cluster_images(statistics, clusters, config.cluster, ranks)
         assignments = [assign_images(statistics, one) for one in found]
@@ -102,6 +111,15 @@ def evaluate_kmeans(
         metrics={"pixel accuracy": tuple(one.pixel_accuracy for one in scores)},
     )
     return result, Clustering(cluster_of_sample, matches[0], found[0], image_scores)
+
+
+def image_statistics(
+    encoder: Encoder, images: WholeImages, config: KMeansConfig, ranks: Ranks
+) -> ImageStatistics:
+    """What all clusterings of these images need; a collective."""
+    return collect_statistics(
+        *(encoder, images, config.prototype, ranks, config.batch_size, config.precision)
+    )
 
 
 def cluster_images(

@@ -17,6 +17,8 @@ from evaluation.kmeans_config import KMeansConfig
 from evaluation.prototypes import PrototypeConfig
 from evaluation.result import Result
 from evaluation.saved_head import SavedHead, clusters_as_tensors
+from evaluation.segmentation_metrics import segmentation_metrics
+from evaluation.statistics import ImageStatistics
 from trainer.distributed import Ranks, cores_per_rank, same_on_all_ranks
 
 
@@ -54,6 +56,10 @@ def kmeans(
         Optional[str],  # noqa: UP045
         typer.Option(help="Cluster each image's foreground, or every pixel: image or pixel."),
     ] = None,
+    all_metrics: Annotated[
+        bool,
+        typer.Option("--all-metrics", help="ImageNet-S' as well, in a second pass; there always."),
+    ] = False,
     batch_size: common.BatchSize = 16,
     examples: Annotated[int, typer.Option(help="Pictures kept for the report.")] = 12,
     precision: common.Precision = "float32",
@@ -79,7 +85,8 @@ def kmeans(
         samples = source.open("test", shards, "--shards")
     ranks = common.start(device)
     common.check_samples(samples, ranks)
-    result = run_kmeans(subject, samples, config, source.name, ranks, examples)
+    every = all_metrics or source.name.startswith("imagenet-s-")
+    result = run_kmeans(subject, samples, config, source.name, ranks, examples, every)
     common.finish([result], subject, source, ranks, html)
 
 
@@ -113,12 +120,18 @@ def run_kmeans(
     data_set: str,
     ranks: Ranks,
     examples: int = 12,
+    all_metrics: bool = False,
+    statistics: ImageStatistics | None = None,
 ) -> Result:
     """Evaluates, and writes the centres and pictures for the report beside the results."""
     result, clustering = evaluate_kmeans(
-        subject.encoder, samples, config, ranks, subject.name, cores_per_rank()
+        subject.encoder, samples, config, ranks, subject.name, cores_per_rank(), statistics
     )
     result = replace(result, protocol=protocol_name(config, len(samples.classes)))
+    if all_metrics:
+        found = segmentation_metrics(subject.encoder, samples, config, clustering, ranks)
+        metrics = {**result.metrics, **{name: (value,) for name, value in found.items()}}
+        result = replace(result, metrics=metrics)
     if ranks.is_main:
         folder = result_folder(subject.folder, data_set)
         head = saved_clusters(clustering, config, samples.classes, data_set, result.step)
