@@ -23,6 +23,7 @@ TITLES = {
     "retrieval-7": "retrieval, 7 classes",
     "retrieval-21": "retrieval, all classes",
     "transfer": "transfer of a classifier",
+    "transfer-crf": "transfer of a classifier, CRF",
     "davis-saliency": "video, the predicted foreground",
     "davis-classifier": "video, linear foreground classifier",
     "davis-propagation": "video, the first frame's mask propagated",
@@ -209,8 +210,8 @@ def title_of(protocol: str) -> str:
         return f"{named}, K = {last}"
     if start == "retrieval":
         return TITLES["retrieval-21"]
-    if start == "finetune":
-        return f"fine-tuning on {last}% of the labels"
+    if start in ("finetune", "finetune-crf"):
+        return f"fine-tuning on {last}% of the labels{', CRF' if start.endswith('crf') else ''}"
     return protocol
 
 

@@ -194,6 +194,8 @@ def test_a_share_is_learned_and_the_encoder_stays(tinted: tuple[ShardSet, ShardS
     splits = {12.5: [np.array([0, 2, 3, 5, 6]), np.array([0, 2, 3, 5, 6])]}
     plain, refined = evaluate_finetune(encoder, *tinted, splits, config, ALONE)
     assert (plain.protocol, refined.protocol) == ("finetune-12.5", "finetune-crf-12.5")
+    assert plain.title == "fine-tuning on 12.5% of the labels"
+    assert refined.title == "fine-tuning on 12.5% of the labels, CRF"
     assert (plain.step, plain.images, plain.network) == (3, 3, "trained")
     assert len(plain.values) == 2
     assert (plain.options["learned_on"], plain.options["steps"]) == ([5, 5], [3, 3])
