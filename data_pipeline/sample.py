@@ -57,6 +57,8 @@ IMAGE_COMPONENTS = ("jpg", "png", "webp")
 
 UInt8 = NDArray[np.uint8]
 Values = NDArray[np.unsignedinteger[Any]]
+Label = NDArray[np.int16]  # class index [H, W] as evaluation reads it, IGNORED where it is ignored
+IGNORED = -1  # in a `Label`, whatever its file says it with
 
 IGNORE_16_BIT = 65535  # in labels of more than 254 classes
 
@@ -186,19 +188,19 @@ def decode_grey(data: bytes, stage: str) -> UInt8:
     return np.asarray(image)
 
 
-def decode_label(data: bytes) -> NDArray[np.int16]:
+def decode_label(data: bytes) -> Label:
     """Decodes the label component of a shard: class index int16 [H, W], -1 where it is ignored."""
     image = open_image(data, "label", ("PNG",))
     if image.mode == "L":
         eight_bits = np.asarray(image)
-        return np.where(eight_bits == IGNORE, -1, eight_bits.astype(np.int16))
+        return np.where(eight_bits == IGNORE, IGNORED, eight_bits.astype(np.int16))
     if not image.mode.startswith("I"):
         raise SampleError("label", f"is {image.mode}, not grey as shards hold it")
     values = np.asarray(image).astype(np.int64)
     wrong = values[(values > np.iinfo(np.int16).max) & (values != IGNORE_16_BIT)]
     if len(wrong):
         raise SampleError("label", f"has class {wrong[0]}, more than there are in any data set")
-    return np.where(values == IGNORE_16_BIT, -1, values).astype(np.int16)
+    return np.where(values == IGNORE_16_BIT, IGNORED, values).astype(np.int16)
 
 
 def _pack_image(data: bytes, policy: Policy) -> tuple[str, bytes, _Frame]:

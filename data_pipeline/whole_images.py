@@ -13,11 +13,8 @@ from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.labelled import LabelledSet
-from data_pipeline.sample import UInt8, decode_grey, decode_label, decode_rgb
+from data_pipeline.sample import Label, UInt8, decode_grey, decode_label, decode_rgb
 from data_pipeline.views import IMAGENET_MEAN, IMAGENET_STD
-
-Label = NDArray[np.int16]
-IGNORED = -1  # in labels, whatever their file says it with
 
 
 @dataclass(frozen=True)

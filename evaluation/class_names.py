@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import InputError
-from data_pipeline.whole_images import IGNORED
+from data_pipeline.sample import IGNORED
 from evaluation.pixel_scores import ClassMap
 
 BACKGROUND = "background"

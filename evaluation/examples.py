@@ -10,8 +10,8 @@ from torch import Tensor
 
 from data_pipeline.files import atomic_write
 from data_pipeline.labelled import LabelledSet
-from data_pipeline.sample import UInt8
-from data_pipeline.whole_images import Label, WholeImage, WholeImages, normalise, resize_nearest
+from data_pipeline.sample import Label, UInt8
+from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resize_nearest
 from evaluation.features import precision
 from evaluation.kmeans import Clustering
 from evaluation.kmeans_config import KMeansConfig

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from data_pipeline.whole_images import Label
+from data_pipeline.sample import Label
 
 _GIB = 2**30
 

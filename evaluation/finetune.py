@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.order import generator
-from data_pipeline.whole_images import IGNORED, WholeImages, normalise, resize_nearest
+from data_pipeline.sample import IGNORED
+from data_pipeline.whole_images import WholeImages, normalise, resize_nearest
 from evaluation.augmentation import augmented, recoloured
 from evaluation.crf import CrfConfig
 from evaluation.features import precision, require_precision, shown

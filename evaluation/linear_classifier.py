@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.errors import InputError
-from data_pipeline.whole_images import IGNORED
+from data_pipeline.sample import IGNORED
 from trainer.encoder import Encoder
 from trainer.model import upsample
 

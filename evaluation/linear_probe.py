@@ -15,14 +15,8 @@ from torch import Tensor
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.order import generator
-from data_pipeline.sample import UInt8
-from data_pipeline.whole_images import (
-    Label,
-    WholeImage,
-    WholeImages,
-    normalise,
-    resize_nearest,
-)
+from data_pipeline.sample import Label, UInt8
+from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resize_nearest
 from evaluation.augmentation import augmented
 from evaluation.crf import CrfConfig
 from evaluation.feature_cache import FeatureCache

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.whole_images import Label
+from data_pipeline.sample import Label
 
 Counts = NDArray[np.int64]
 

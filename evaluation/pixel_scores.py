@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.labelled import LabelledSet
-from data_pipeline.sample import UInt8
-from data_pipeline.whole_images import Label, WholeImages, normalise
+from data_pipeline.sample import Label, UInt8
+from data_pipeline.whole_images import WholeImages, normalise
 from evaluation.crf import CrfConfig, refine
 from evaluation.features import own_samples, precision, require_pixels, shown
 from evaluation.linear_classifier import LinearClassifier

@@ -20,8 +20,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from data_pipeline.errors import InputError
-from data_pipeline.sample import UInt8
-from data_pipeline.whole_images import Label, normalise, resize_nearest
+from data_pipeline.sample import Label, UInt8
+from data_pipeline.whole_images import normalise, resize_nearest
 from evaluation.features import precision, require_precision
 from evaluation.pixel_kmeans import nearest_centres
 from evaluation.prototypes import PrototypeConfig, foreground_of, image_prototypes

@@ -11,9 +11,8 @@ from PIL import Image
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import atomic_write
-from data_pipeline.sample import IGNORE, IGNORE_16_BIT, UInt8, encode_png
+from data_pipeline.sample import IGNORE, IGNORE_16_BIT, Label, UInt8, encode_png
 from data_pipeline.sources.imagenet_s import IGNORED_PART
-from data_pipeline.whole_images import Label
 from evaluation.palettes import Bytes, class_palette
 from evaluation.predict import Prediction
 from evaluation.predict_inputs import OUTPUT_KINDS, PictureFile

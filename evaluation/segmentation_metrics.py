@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.labelled import LabelledSet
-from data_pipeline.whole_images import Label, WholeImage, WholeImages, resize_nearest
+from data_pipeline.sample import Label
+from data_pipeline.whole_images import WholeImage, WholeImages, resize_nearest
 from evaluation.features import own_batches, precision
 from evaluation.imagenet_s_metrics import SIZES, ImageNetSMetrics
 from evaluation.kmeans import Clustering

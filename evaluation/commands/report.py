@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.console import Console
 
 from data_pipeline.errors import InputError
-from evaluation.commands.options import console
 from evaluation.compare import read_columns, show_comparison, write_comparison
 from evaluation.report import write_report
+
+console = Console(width=None)
 
 
 def report(
