@@ -207,10 +207,11 @@ def test_several_ranks_say_once_what_is_wrong(case: Case, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (["--foreground", "mask"], "--foreground is 'mask'; it can be logit or probability"),
+        (["--foreground", "box"], "--foreground is 'box'; it can be logit, probability or mask"),
         (["--pooling", "max"], "--pooling is 'max'; it can be weighted or normalized"),
         (["--method", "mean"], "--method is 'mean'; it can be minibatch or full"),
-        (["--criterion", "image"], "--criterion is 'image'; it can be iou or count"),
+        (["--criterion", "area"], "--criterion is 'area'; it can be iou, count or image"),
+        (["--unit", "class"], "--unit is 'class'; it can be image or pixel"),
         (["--precision", "fp8"], "--precision is 'fp8'; it can be float32 or bf16"),
         (["--device", "tpu"], "device is 'tpu'; it can be auto, cpu or cuda"),
         (["--clusters", "-2"], "--clusters and --pca must not be negative"),

@@ -91,7 +91,9 @@ class Source:
         return self.data_set.open(self.place, role, self.split if role == "test" else None)
 
     def size(self, given: int | None) -> int:
-        return given or (512 if self.data_set is None else self.data_set.size)
+        if given is not None:
+            return given
+        return 512 if self.data_set is None else self.data_set.size
 
 
 def source(
