@@ -3,9 +3,9 @@
 The machine's ceilings; the one-pass loss against float64 and its time against its floor; where the
 time of a training step goes; mixed decoding against CPU decoding; training with both loaders, in
 both engines and every precision, going on from each other's checkpoints, on one GPU and on all of
-them; a rank that hangs. `--only losses,decoding` runs these sections alone. What a section found is
-printed and written into `benchmarks/results/` when it ends. Without a GPU it says so and ends with
-status 0.
+them; a rank that hangs; evaluations against the CPU's, and their speed. `--only losses,decoding`
+runs these sections alone. What a section found is printed and written into `benchmarks/results/`
+when it ends. Without a GPU it says so and ends with status 0.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_loss, gpu_runs, gpu_step
+from benchmarks import gpu_evaluation, gpu_loss, gpu_runs, gpu_step
 from benchmarks.gpu_loss import DEVICE, Rates, Row, measure_rates
 from data_pipeline.build_config import BuildConfig, BuildOptions
 from data_pipeline.manifest import Manifest
@@ -51,6 +51,7 @@ def sections(folder: Path) -> dict[str, Section]:
         "training_dali": lambda: gpu_runs.training(data(), folder, 1, "dali"),
         "across": lambda: gpu_runs.across(data(), folder, 1),
         "engines": lambda: gpu_runs.engines(data(), folder, 1),
+        "evaluation": lambda: gpu_evaluation.evaluation(data(), folder),
     }
     for n in counts[1:]:
         found[f"training_{n}"] = lambda n=n: gpu_runs.training(data(), folder, n, "auto")  # type: ignore[misc]
