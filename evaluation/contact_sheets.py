@@ -47,9 +47,9 @@ def write_cluster_sheet(
     """Writes the best and worst images, and of each cluster those nearest to its centre.
 
     Arrays besides the pictures': miou and object_class [n] of each picture's image; best, worst
-    [≤ EXTREMES], pictures, the best and the worst first; clusters [k], the largest, with their cluster_class,
-    cluster_iou, cluster_images (how many it has) and member [k, MEMBERS], pictures, -1 for none;
-    cluster_count, all that have an image.
+    [≤ EXTREMES], pictures, the best and the worst first; clusters [k], the largest, with their
+    cluster_class, cluster_iou, cluster_images (how many it has) and member [k, MEMBERS], pictures,
+    -1 for none; cluster_count, all that have an image.
     """
     scores = clustering.scores
     assert scores is not None
