@@ -194,8 +194,12 @@ def test_given_masks_are_the_foreground(
     headless = Encoder(OracleNetwork([samples], SIZE), 0, frozenset({"backbone"}), None, "moco.pth")  # type: ignore[arg-type]
     answers(monkeypatch, headless)
     command = [*arguments(KNOWN["voc archive"], network, root), "--size", SIZE, "--pca", 0]
-    said = refused(capsys, *command)
-    assert said.startswith("moco.pth has no saliency head, which this needs; --foreground mask")
+    status, _, said = evaluate(capsys, *command)
+    assert status == 2
+    # the first line: no image was looked at
+    assert said.startswith(
+        "maskbank: moco.pth has no saliency head, which this needs; --foreground mask"
+    )
     assert not (tmp_path / "runs").exists()
     masks = ("--foreground", "mask", "--masks", "saliency", "--examples", 0, "--all-metrics")
     status, _, error = evaluate(capsys, *command, *masks)

@@ -19,7 +19,7 @@ from evaluation.label_propagation import PropagationConfig
 from evaluation.prototypes import PrototypeConfig
 from evaluation.result import Result
 from evaluation.saved_head import SavedHead, read_head
-from evaluation.video import READINGS, VideoConfig, deal, evaluate_video, sequences_of
+from evaluation.video import READINGS, VideoConfig, deal, evaluate_video, frozen_frame, sequences_of
 from evaluation.video_metrics import frame_measures
 from tests.evaluation_command import evaluate, read_result, refused, tiny_run
 from tests.evaluation_data import block_shards, random_encoder
@@ -171,6 +171,21 @@ def test_propagation_by_hand(tmp_path: Path, shape: tuple[int, int], features: s
     assert 90 < result.parts["whole"]["J mean"] < 100  # corners are lost
     assert result.options["features"] == features
     assert result.options["propagation"]["top_k"] == 1
+
+
+def test_objects_at_the_edge_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells that hang over the edge are continued, in the mask and in the frame."""
+    monkeypatch.setitem(VIDEOS, "whole", [(32, 32)] * 3)
+    samples = opened(davis_videos(tmp_path, (44, 43)))
+    config = VideoConfig(propagation=PropagationConfig(top_k=1, radius=1))
+    result = evaluate_video(red(CELL), samples, "propagation", config, ALONE)
+    # of 12 × 11 pixels bilinear rounding takes the six at the upper left corner whose products of
+    # .5625, .6875, .8125, .9375, … by row and column are below .5
+    assert result.parts["whole"]["J mean"] == pytest.approx(100 * 126 / 132, abs=1e-4)
+    orange = np.full((44, 43, 3), [250, 120, 0], np.uint8)
+    features = frozen_frame(red(CELL), orange, config, ALONE)
+    assert features.shape == (3, 6, 6)
+    torch.testing.assert_close(features, features[:, :1, :1].expand(3, 6, 6))
 
 
 def _through_cells(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
