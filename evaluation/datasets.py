@@ -48,7 +48,7 @@ class DataSet:
         splits: that classifiers learn on, that the retrieval bank is made of, and that is scored.
         list_split: lists one of its splits.
         size: side that images are resized to, pixels.
-        criterion, unit, pca: of K-means (`kmeans_config.py`, `cluster.py`).
+        criterion, unit: of K-means (`kmeans_config.py`).
     """
 
     name: str
@@ -58,7 +58,6 @@ class DataSet:
     size: int = 512
     criterion: Criterion = "iou"
     unit: Literal["image", "pixel"] = "image"
-    pca: int = 32
 
     def open(self, place: Place, role: Role, split: str | None = None) -> ListedSet:
         """One split where it lies.
@@ -107,7 +106,7 @@ DATA_SETS = {
             _voc,
         ),
         DataSet("coco-stuff-81", "COCO-Stuff-81", _COCO, _coco("81"), 320, "count"),
-        DataSet("coco-stuff-27", "COCO-Stuff-27", _COCO, _coco("27"), 320, "count", "pixel", 0),
+        DataSet("coco-stuff-27", "COCO-Stuff-27", _COCO, _coco("27"), 320, "count", "pixel"),
         *(
             DataSet(
                 *(f"imagenet-s-{size}", f"ImageNet-S-{size}", _IMAGENET_S, _imagenet_s(size)),

@@ -10,6 +10,9 @@ from evaluation.matching import CRITERIA, Criterion
 from evaluation.prototypes import PrototypeConfig
 from trainer.encoder import Encoder
 
+Unit = Literal["image", "pixel"]
+DEFAULT_PCA: dict[Unit, int] = {"image": 32, "pixel": 0}  # as published, and as later work has it
+
 
 @dataclass(frozen=True)
 class KMeansConfig:
@@ -33,7 +36,7 @@ class KMeansConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     criterion: Criterion = "iou"
     many_to_one: bool = False
-    unit: Literal["image", "pixel"] = "image"
+    unit: Unit = "image"
     batch_size: int = 16
     precision: str = "float32"
 

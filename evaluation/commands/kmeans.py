@@ -13,7 +13,7 @@ from evaluation.contact_sheets import write_cluster_sheet
 from evaluation.datasets import DataSet
 from evaluation.examples import write_examples
 from evaluation.kmeans import Clustering, evaluate_kmeans
-from evaluation.kmeans_config import KMeansConfig
+from evaluation.kmeans_config import DEFAULT_PCA, KMeansConfig
 from evaluation.prototypes import PrototypeConfig
 from evaluation.result import Result
 from evaluation.saved_head import SavedHead, clusters_as_tensors
@@ -98,7 +98,7 @@ def _config(
     """The options, which the configurations check, with the data set's own for those not given."""
     unit = unit or ("image" if known is None else known.unit)
     if pca is None:
-        pca = 0 if unit == "pixel" else 32
+        pca = DEFAULT_PCA.get(unit, 0)
     return KMeansConfig(
         size=size,
         prototype=PrototypeConfig(foreground, threshold, pooling),

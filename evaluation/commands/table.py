@@ -19,7 +19,7 @@ from evaluation.commands.video import learn_head, run_video
 from evaluation.crf import CrfConfig
 from evaluation.finetune import FinetuneConfig
 from evaluation.kmeans import image_statistics
-from evaluation.kmeans_config import KMeansConfig
+from evaluation.kmeans_config import DEFAULT_PCA, KMeansConfig
 from evaluation.linear_probe import LinearConfig, require_comparable
 from evaluation.prototypes import PrototypeConfig
 from evaluation.report import write_report
@@ -150,7 +150,7 @@ def _plan(source: common.Source, given: dict[str, Any]) -> Plan:
     size, precision = source.size(given["size"]), given["precision"]
     unit = "image" if known is None else known.unit
     prototype = PrototypeConfig(given["foreground"], given["threshold"], given["pooling"])
-    pca = given["pca"] if given["pca"] is not None else (32 if known is None else known.pca)
+    pca = DEFAULT_PCA[unit] if given["pca"] is None else given["pca"]
     return Plan(
         rows=_rows(source, given),
         kmeans=KMeansConfig(
