@@ -80,6 +80,8 @@ def evaluate_kmeans(
             statistics = image_statistics(encoder, images, config, ranks)
         require_pixels(statistics.binary(), samples)
         found = cluster_images(statistics, clusters, config.cluster, ranks)
+        if config.many_to_one and ranks.is_main:
+            _warn_of_own_clusters(statistics, clusters)
         assignments = [assign_images(statistics, one) for one in found]
         matrices = [statistics.confusion(one, clusters + 1) for one in assignments]
         matches = [
@@ -153,4 +155,14 @@ def _warn_if_few(statistics: ImageStatistics, clusters: int, pca: int) -> None:
             "(--pca 0)",
             found,
             directions,
+        )
+
+
+def _warn_of_own_clusters(statistics: ImageStatistics, clusters: int) -> None:
+    count = int(statistics.found.sum())
+    if clusters >= count:
+        _log.warning(
+            "%d clusters are enough for each of %d images to be one of its own, which the labels then "
+            "name: the figure is that of the foreground, not of the embeddings",
+            *(clusters, count),
         )

@@ -242,3 +242,16 @@ def test_more_ranks_than_images(tmp_path: Path) -> None:
     [(alone, _)] = run_on_ranks(_evaluate, 1, manifest.manifest.root, config)
     for result, _ in run_on_ranks(_evaluate, 3, manifest.manifest.root, config):
         assert_same(result, alone)
+
+
+def test_as_many_clusters_as_images_are_warned_of(
+    blocks: ShardSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = len([label for label in BLOCKS if label])
+    for clusters, warned in ((found - 1, 0), (found, 1)):
+        cluster = ClusterConfig(clusters, pca=0, seeds=(1, 2))
+        evaluate_kmeans(
+            oracle([blocks], 48), blocks, KMeansConfig(48, cluster=cluster, many_to_one=True), ALONE
+        )
+        assert len(caplog.records) == warned
+    assert f"{found} clusters are enough for each of {found} images" in caplog.text
