@@ -162,7 +162,7 @@ def _warn_of_own_clusters(statistics: ImageStatistics, clusters: int) -> None:
     count = int(statistics.found.sum())
     if clusters >= count:
         _log.warning(
-            "%d clusters are enough for each of %d images to be one of its own, which the labels then "
-            "name: the figure is that of the foreground, not of the embeddings",
+            "%d clusters are enough for each of %d images to be one of its own, which the labels "
+            "then name: the figure is that of the foreground, not of the embeddings",
             *(clusters, count),
         )
