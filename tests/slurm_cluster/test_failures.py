@@ -78,7 +78,7 @@ def test_nodes_fail_and_spare_ones_take_over(
     jobs = {}
     for failure in failures:
         job = train_job(settings(shards, tmp_path / failure, steps), 2, 1)
-        jobs[failure] = submit_paced(cluster, job, tmp_path / f"{failure}.log", 0.5)
+        jobs[failure] = submit_paced(cluster, job, tmp_path / f"{failure}.log", 1.5)
     for failure, number in jobs.items():
         cluster.until(lambda f=failure: reached(tmp_path / f, 8), "step 8", [number])
     struck = {failure: cluster.nodes(number) for failure, number in jobs.items()}
