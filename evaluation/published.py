@@ -5,6 +5,8 @@ Each belongs to a data set, a protocol and the training that it is of; percent.
 
 from dataclasses import dataclass
 
+from data_pipeline.sources.voc import VOC_CLASSES
+
 
 @dataclass(frozen=True)
 class Published:
@@ -55,6 +57,13 @@ PUBLISHED: dict[tuple[str, str], tuple[Published, ...]] = {
 }
 
 
-def published_figures(data_set: str, protocol: str) -> tuple[Published, ...]:
-    """What has been published for a row; empty where nothing at hand has."""
+def published_figures(
+    data_set: str, protocol: str, classes: tuple[str, ...]
+) -> tuple[Published, ...]:
+    """What has been published for a row; empty where nothing at hand has.
+
+    And for other data in PASCAL's layout, which bring class names of their own.
+    """
+    if data_set == "voc" and not set(classes) <= set(VOC_CLASSES):
+        return ()
     return PUBLISHED.get((data_set, protocol), ())

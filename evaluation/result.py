@@ -84,7 +84,7 @@ class Result:
 
     @property
     def published(self) -> tuple[Published, ...]:
-        return published_figures(self.data_set, self.protocol)
+        return published_figures(self.data_set, self.protocol, self.classes)
 
     def path(self, folder: Path) -> Path:
         """`evaluation/[DATA SET/]PROTOCOL-NETWORK.json` below the run directory."""
