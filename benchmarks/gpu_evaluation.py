@@ -15,6 +15,7 @@ from evaluation.kmeans import evaluate_kmeans
 from evaluation.kmeans_config import KMeansConfig
 from evaluation.label_propagation import PropagationConfig, propagate
 from evaluation.linear_probe import LinearConfig, evaluate_linear
+from evaluation.online import EvenlySpread
 from evaluation.predict import PredictConfig, Predictor
 from evaluation.prototypes import PrototypeConfig
 from evaluation.retrieval import RetrievalConfig, evaluate_retrieval
@@ -27,22 +28,10 @@ IMAGES = 64  # of which the CPU scores the same figures
 HALVES = PrototypeConfig("probability", 0.5, "weighted")
 
 
-class FirstImages:
-    """The first images of a set."""
-
-    def __init__(self, samples: ShardSet, count: int) -> None:
-        self._samples, self._count = samples, count
-        self.classes, self.key = samples.classes, samples.key
-        self.read, self.remedy = samples.read, samples.remedy
-
-    def __len__(self) -> int:
-        return min(self._count, len(self._samples))
-
-
 def evaluation(manifest: Manifest, folder: Path, device: torch.device = DEVICE) -> list[Row]:
     """K-means, retrieval and the linear classifier on the device and on the CPU; speeds."""
     samples = labelled_shards(manifest)
-    few = FirstImages(samples, IMAGES)
+    few = EvenlySpread(samples, min(IMAGES, len(samples)))
     gpu, cpu = Ranks(0, 1, device), Ranks(0, 1, torch.device("cpu"))
     rows = _kmeans(few, samples, gpu, cpu)
     retrieval = RetrievalConfig(128, HALVES, batch_size=8)
