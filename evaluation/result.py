@@ -107,7 +107,12 @@ class Result:
             "network": self.network,
             "step": self.step,
             "measure": self.measure,
-            "miou": {"mean": _finite(self.mean), "std": self.std, "values": list(self.values)},
+            "miou": {
+                "mean": _finite(self.mean),
+                # not a number is no JSON
+                "std": None if np.isnan(self.std) else self.std,
+                "values": [None if np.isnan(value) else value for value in self.values],
+            },
             "metrics": {
                 name: [_finite(value) for value in values] for name, values in self.metrics.items()
             },

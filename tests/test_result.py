@@ -77,6 +77,13 @@ def test_the_headline_figures_are_those_of_the_paper() -> None:
     assert result(data_set="voc").published == (), "other classes in PASCAL's layout"
 
 
+def test_a_figure_that_is_no_number_is_null(tmp_path: Path) -> None:
+    path = replace(result(), values=(float("nan"), 4.0)).write(tmp_path)
+    assert "NaN" not in path.read_text()
+    found = json.loads(path.read_text())["miou"]
+    assert found == {"mean": None, "std": None, "values": [None, 4.0]}
+
+
 def test_protocols_have_names_for_people() -> None:
     assert title_of("kmeans-many-50").endswith("each cluster its class of largest IoU, K = 50")
     assert title_of("kmeans-majority-500").endswith("each cluster its most frequent class, K = 500")
