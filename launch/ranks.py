@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -47,7 +48,11 @@ def run_ranks(arguments: list[str]) -> Ending:
     for number in _REQUESTS:
         signal.signal(number, _ask_ranks_to_stop)
     try:
-        torchrun(["--signals-to-handle=SIGHUP,SIGQUIT", *arguments])
+        # torchrun's own folder for error files would stay in /tmp after every run
+        with tempfile.TemporaryDirectory(
+            prefix="maskbank-ranks-", ignore_cleanup_errors=True
+        ) as logs:
+            torchrun([f"--log-dir={logs}", "--signals-to-handle=SIGHUP,SIGQUIT", *arguments])
     except RendezvousError as error:
         message = (
             f"the nodes have lost each other ({error}); the node that all meet at "
