@@ -9,11 +9,11 @@ several ranks, which torchrun starts, rank 0 speaks for all.
 """
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,14 @@ _FOR_EVER = 1_000_000  # seconds; standing still between two windows is no fault
 class PacedState(TrainState):
     """A step ends when the driver wants the next one; on rank 0, for which the others wait."""
 
+    name, loader = "maskbank", "maskbank"
     _paced: Paced | None = None
     _ended = False
     _loss: torch.Tensor | None = None
+    _finished = 0
+
+    def prefetched(self) -> int:
+        return _prefetched(self.config)
 
     def add(self, losses: Losses, moved_pixels: bool) -> None:
         super().add(losses, moved_pixels)
@@ -48,15 +53,16 @@ class PacedState(TrainState):
 
     def finish_step(self, step: int, stop: bool) -> Agreed:
         agreed = super().finish_step(step, stop or self._ended)
+        self._finished = step + 1
         if self.ranks.is_main and not agreed.stop:
             if self._paced is None:
-                self._paced = Paced(*_described(self.config), self.save_encoder, _root())
+                settings = describe(self.config, self.loader, self.prefetched())
+                self._paced = Paced(self.name, settings, self.save_encoder, _root())
             try:
                 loss = None if self._loss is None else float(self._loss)
                 self._paced.step_done(self.config.data.batch_size, loss)
             except Ended:  # one more step, after which all ranks end as they do at any stop request
                 self._ended = True
-        self._finished = step + 1
         return agreed
 
     def save_encoder(self, path: Path) -> None:
@@ -64,6 +70,40 @@ class PacedState(TrainState):
         network = self.engine.network
         state = {n: value.cpu().contiguous() for n, value in network.state_dict().items()}
         save_file(state, path, describe_network(network.config, self._finished))
+
+
+def train_paced(state: type[PacedState], settings: Sequence[str]) -> None:
+    """`trainer.train.main` with another state."""
+    train.TrainState = state  # type: ignore[misc]
+    train.main(["--recipe", RECIPE, *settings])
+
+
+def paced_settings(shards: Path, directory: Path, changed: Sequence[str] = ()) -> list[str]:
+    """Those of `benchmarks.stamps20` with `changed` over them, for a run that may stand still."""
+    return [
+        *TRAINING,
+        *("run.steps=1500", "run.device=cpu"),
+        *(f"run.timeout_seconds={_FOR_EVER}", f"run.start_timeout_seconds={_FOR_EVER}"),
+        *changed,
+        *(f"data.shards={shards}", f"run.directory={directory}"),
+    ]
+
+
+def describe(config: TrainConfig, loader: str, prefetched: int) -> dict[str, Any]:
+    """What the driver is told."""
+    return {
+        "loader": loader,
+        "network": f"{config.model.backbone}, DeepLabV3 head",
+        "views": 2,
+        "size": config.views.image_size,
+        "batch": config.data.batch_size,
+        "precision": config.run.precision,
+        "bank": config.bank.capacity,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads": torch.get_num_threads(),
+        "prefetched": prefetched,
+        "training": list(TRAINING),
+    }
 
 
 def load_only(config: TrainConfig) -> None:
@@ -86,8 +126,7 @@ def load_only(config: TrainConfig) -> None:
     def step() -> tuple[int, None]:
         return len(next(stream).sample_id), None
 
-    name, settings = _described(config)
-    serve(step, f"{name}, loading alone", settings)
+    serve(step, "maskbank, loading alone", describe(config, "maskbank", _prefetched(config)))
     stream.close()
 
 
@@ -109,20 +148,13 @@ def main() -> None:
             where = ["--directory", str(directory)]
             # its standard streams are ours, and become those of rank 0
             sys.exit(subprocess.call([*torchrun, *ranks, *where, *sys.argv[1:]]))
-        settings = [
-            *TRAINING,
-            *("run.steps=1500", "run.device=cpu"),
-            *(f"run.timeout_seconds={_FOR_EVER}", f"run.start_timeout_seconds={_FOR_EVER}"),
-            *options.settings,
-            *(f"data.shards={options.shards}", f"run.directory={directory}"),
-        ]
+        settings = paced_settings(options.shards, directory, options.settings)
         if os.environ.get("RANK", "0") == "0":
             claim_protocol()
         if options.loading:
             load_only(load_config(RECIPE, overrides=settings))
-            return
-        train.TrainState = PacedState  # type: ignore[misc]
-        train.main(["--recipe", RECIPE, *settings])
+        else:
+            train_paced(PacedState, settings)
 
 
 def _root() -> int:
@@ -130,21 +162,8 @@ def _root() -> int:
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
 
 
-def _described(config: TrainConfig) -> tuple[str, dict[str, Any]]:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    settings = {
-        "loader": config.data.loader,
-        "network": f"{config.model.backbone}, DeepLabV3 head",
-        "views": 2,
-        "size": config.views.image_size,
-        "batch": config.data.batch_size,
-        "precision": config.run.precision,
-        "bank": config.bank.capacity,
-        "ranks": ranks,
-        "prefetched": config.data.prefetch + 1,  # and the one that waits for a place in the queue
-        "configuration": dataclasses.asdict(config),
-    }
-    return f"maskbank{'' if ranks == 1 else f', {ranks} ranks'}", settings
+def _prefetched(config: TrainConfig) -> int:
+    return config.data.prefetch + 1  # and the one that waits for a place in the queue
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from benchmarks.contender_process import ContenderFailed, ContenderProcess
 from benchmarks.environments import DEFAULT_FOLDER, NotInstalled, peer_python
 
 TRAINING, LOADING = "training", "loading alone"
+_LOADING_STEPS = 10  # times as many, since they are that much shorter
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ def _window(result: Result, process: ContenderProcess, options: argparse.Namespa
     time.sleep(options.pause)  # the one before fills its queues and comes to rest
     try:
         process.ask(options.window_limit, steps=max(1, prefetched))
-        result.windows.append(process.ask(options.window_limit, steps=options.steps))
+        steps = options.steps * (_LOADING_STEPS if result.contender.task == LOADING else 1)
+        result.windows.append(process.ask(options.window_limit, steps=steps))
     except ContenderFailed as error:
         result.not_run = f"failed in round {len(result.windows) + 1}: {error}"
         process.kill()
@@ -212,8 +214,8 @@ def table(results: Sequence[Result], data: ComparisonData, options: argparse.Nam
     lines = [
         f"{_date()}, {_processor()}, {len(os.sched_getaffinity(0))} cores; {data.description}; "
         f"{options.size} pixels, batch {options.batch}; median (least–greatest) of "
-        f"{options.rounds} interleaved rounds of {options.steps} steps; × is against the first "
-        "row, within a round",
+        f"{options.rounds} interleaved rounds of {options.steps} steps ({_LOADING_STEPS} times as "
+        "many of loading alone); × is against the first row, within a round",
     ]
     for task in dict.fromkeys(result.contender.task for result in results):
         rows = [result for result in results if result.contender.task == task]
