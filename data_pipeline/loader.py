@@ -32,9 +32,10 @@ class Loader(Protocol):
 def make_loader(
     name: str, batch_size: int, image_size: int, threads: int, device: torch.device
 ) -> Loader:
-    """The backend of that name; `auto` takes DALI where it is installed."""
+    """The backend of that name; `auto` takes DALI on a GPU, and on CPUs what is faster there."""
     if name == "auto":
-        name = "dali" if importlib.util.find_spec("nvidia.dali") else "torch"
+        on_gpu = device.type == "cuda" and importlib.util.find_spec("nvidia.dali")
+        name = "dali" if on_gpu else "torch"
     if name == "torch":
         from data_pipeline.torch_loader import TorchLoader
 

@@ -31,6 +31,7 @@ from data_pipeline.mask_files import (
 )
 from data_pipeline.pictures import (
     MAX_PIXELS,
+    decode_plain_jpeg,
     encode_png,
     open_checked,
     open_image,
@@ -177,7 +178,8 @@ def pack_sample(
 
 def decode_rgb(data: bytes) -> UInt8:
     """Decodes the image component of a shard to uint8 [H, W, 3]."""
-    return np.asarray(open_image(data, "image").convert("RGB"))
+    pixels = decode_plain_jpeg(data)
+    return np.asarray(open_image(data, "image").convert("RGB")) if pixels is None else pixels
 
 
 def decode_grey(data: bytes, stage: str) -> UInt8:

@@ -3,10 +3,13 @@
 import dataclasses
 import importlib.util
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from data_pipeline.batch import Batch
 from data_pipeline.build_config import BuildConfig
@@ -17,8 +20,17 @@ from data_pipeline.loader import BatchStream, make_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import SampleOrder
 from data_pipeline.reader import SampleReader
+from data_pipeline.sample import decode_rgb
 from data_pipeline.sources.generated import list_scenes
-from data_pipeline.views import IMAGENET_STD, ViewConfig
+from data_pipeline.torch_loader import augment_image, crop_mask, single_threaded_pool
+from data_pipeline.views import (
+    GREY_WEIGHTS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    View,
+    ViewConfig,
+    colour_matrix,
+)
 from data_pipeline.write_shards import build_shards
 
 CPU = torch.device("cpu")
@@ -67,6 +79,43 @@ def test_dali_agrees_with_the_reference(manifest: Manifest, colour: bool) -> Non
     # a flip of one of them would be far off
     flipped = dataclasses.replace(reference, query_image=reference.query_image.flip(-1))
     assert grey_levels(ours, flipped)[0] > 5
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_view_is_what_torchvision_makes_of_it(manifest: Manifest, flip: bool) -> None:
+    sample = fetched(manifest, 1)[0]
+    pixels = decode_rgb(sample.image.tobytes())
+    window = np.array([10, 20, 70, 50], np.int32)
+    view = View(window[None], 1.3, 1.2, 0.6, 20.0, flip)
+    output = torch.empty(64, 64, 3)
+    augment_image(pixels, view, torch.empty(64 * 64, 3), output)
+
+    image = torch.tensor(pixels).permute(2, 0, 1)[:, 10:80, 20:70]
+    crop = resize(image, [64, 64], antialias=True).double()
+    matrix, grey_gain = colour_matrix(view)
+    grey = torch.tensor(GREY_WEIGHTS, dtype=torch.float64) @ crop.mean((1, 2))
+    coloured = (torch.tensordot(torch.tensor(matrix), crop, 1) + grey_gain * grey).clamp(0, 255)
+    coloured = coloured.flip(-1) if flip else coloured
+    mean, std = (torch.tensor(v).double()[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = (coloured / 255 - mean) / std
+    assert coloured.max() == 255  # it was clamped somewhere
+    torch.testing.assert_close(output.permute(2, 0, 1).double(), expected, atol=2e-5, rtol=0)
+
+    mask = torch.tensor(sample.mask)[None, 10:80, 20:70]
+    expected_mask = resize(mask, [64, 64], InterpolationMode.NEAREST_EXACT)[0]
+    expected_mask = expected_mask.flip(-1) if flip else expected_mask
+    assert (crop_mask(sample.mask, view, 64) == expected_mask.numpy()).all()
+    assert len(expected_mask.unique()) > 1
+
+
+def test_the_loaders_threads_work_alone_and_leave_the_others_theirs() -> None:
+    torch.set_num_threads(2)
+    pool = single_threaded_pool(3)
+    assert set(pool.map(lambda _: torch.get_num_threads(), range(9))) == {1}
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 2
+    pool.shutdown()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

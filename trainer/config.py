@@ -30,7 +30,7 @@ class DataConfig:
     Attributes:
         shards: folder of the training shards, or their address, as s3://bucket/shards.
         batch_size: images a step over all ranks and micro-batches.
-        loader: auto (DALI where it is installed), dali, or torch.
+        loader: auto (DALI on a GPU where it is installed, else torch), dali, or torch.
         threads: a rank, for reading and for decoding; 0 takes the rank's share of the cores.
         prefetch: batches kept ready.
         window: shards whose samples are mixed.
