@@ -24,7 +24,7 @@ DEFAULT_FOLDER = Path("~/.cache/maskbank")
 DEFAULT_GIB = 100.0
 _TRIES = 4  # with 1, 2 and 4 seconds in between
 _BLOCK = 1 << 20
-_COPY = re.compile(r"[0-9a-f]{32}-.+\.(tar|json)")  # what `ShardCache.local` calls its files
+_COPY = re.compile(r"[0-9a-f]{32}-.+\.(tar|json|records)")  # what `local` calls its files
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
@@ -64,26 +64,35 @@ class ShardCache:
             ) from None
         return data
 
-    def local(self, name: str, sha256: str) -> Path:
+    def local(self, name: str, sha256: str, derived: bool = False) -> Path:
         """The local copy of a file, downloaded if it is not there yet.
 
         A file that has another checksum even when it is loaded again is kept and said: its
-        samples have checksums of their own.
+        samples have checksums of their own. With `derived`, the checksum is that of the file which
+        it was made from, and whoever reads it checks it.
 
         Raises:
             OSError: it cannot be downloaded.
         """
-        path = self.folder / f"{sha256[:32]}-{name}"
+        path = self._path(name, sha256)
         if not path.exists():
             with self._alone(path):
                 if not path.exists():  # another process may have done it meanwhile
-                    self._download(name, sha256, path)
+                    self._download(name, None if derived else sha256, path)
                     self._make_room(path)
         with suppress(OSError):
             os.utime(path)
         return path
 
-    def _download(self, name: str, sha256: str, path: Path) -> None:
+    def forget(self, name: str, sha256: str) -> None:
+        """Removes the local copy of a file, if there is one."""
+        with suppress(OSError):
+            self._path(name, sha256).unlink()
+
+    def _path(self, name: str, sha256: str) -> Path:
+        return self.folder / f"{sha256[:32]}-{name}"
+
+    def _download(self, name: str, sha256: str | None, path: Path) -> None:
         system, source = file_system(f"{self.address}/{name}")
 
         def download() -> str:
@@ -94,7 +103,8 @@ class ShardCache:
                     file.write(block)
             return digest.hexdigest()
 
-        if _try_again(download) != sha256 and _try_again(download) != sha256:
+        found = _try_again(download)
+        if sha256 is not None and found != sha256 and _try_again(download) != sha256:
             log.warning(
                 "%s/%s is not what the manifest describes; samples of it that fail their own "
                 "checksum are replaced by others",
@@ -122,8 +132,10 @@ class ShardCache:
         lock = path.with_name(f".{path.name}.lock")
         with lock.open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-        lock.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
 
 
 def open_cache(address: str, folder: Path | None, max_gib: float) -> ShardCache:

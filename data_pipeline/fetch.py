@@ -2,9 +2,10 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ class FetchedSample:
         views: query and key view, each with exactly one window: the chosen one.
         valid: for each view, whether the mask's coverage of its window is valid.
         sample_id: number of the sample in its data set.
-        name: shard and key, for messages.
+        describe: reads shard and key, for messages.
     """
 
     image: UInt8
@@ -39,7 +40,12 @@ class FetchedSample:
     views: tuple[View, View]
     valid: tuple[bool, bool]
     sample_id: int
-    name: str
+    describe: Callable[[], str]
+
+    @property
+    def name(self) -> str:
+        """Shard and key."""
+        return self.describe()
 
     def view_mask(self, view: int) -> UInt8:
         """The mask that view 0 or 1 is to be cropped from: ignored as a whole if not valid."""
@@ -122,19 +128,20 @@ class Fetcher:
 
     def _load(self, position: int, shard: int, sample: int) -> FetchedSample:
         try:
-            name = self.reader.describe(shard, sample)
+            record = self.reader.index.record(shard, sample)
         except InputError as error:  # no index: nothing of the shard can be found
             raise SampleError("index", str(error)) from None
-        raw = self.reader.read(shard, sample)
+        raw = self.reader.read(shard, sample, record=record)
+        describe = partial(self.reader.describe, shard, sample)
         if raw.mask is None:
-            raise SampleError("mask", f"{name} has no mask")
+            raise SampleError("mask", f"{describe()} has no mask")
         try:
             mask = decode_grey(raw.mask, "mask")
         except SampleError as error:
-            raise SampleError("mask", f"{name}.{MASK} {error.reason}") from None
-        height, width = self.reader.index.shard(shard).sizes[sample].tolist()
+            raise SampleError("mask", f"{describe()}.{MASK} {error.reason}") from None
+        height, width = record.height, record.width
         if mask.shape != (height, width):
-            raise SampleError("mask", f"{name}: the mask does not have its image's size")
+            raise SampleError("mask", f"{describe()}: the mask does not have its image's size")
         epoch, offset = divmod(position, self.order.samples)
         views, valid = [], []
         for view in draw_views(self.order.seed, epoch, offset, height, width, self.config):
@@ -147,7 +154,7 @@ class Fetcher:
             (views[0], views[1]),
             (valid[0], valid[1]),
             int(self.reader.index.starts[shard]) + sample,
-            name,
+            describe,
         )
 
     def _report(self, error: SampleError, attempt: int) -> None:

@@ -31,6 +31,31 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     sync_directory(path.parent)
 
 
+class OpenFile:
+    """A file to `pread` from, closed with its owner, also when a thread ends.
+
+    Attributes:
+        descriptor: of it; valid as long as someone holds this object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # not blocking: a pipe in the place of a file is then an error instead of a wait
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def read(self) -> bytes:
+        """All of it; OSError where it is no file."""
+        blocks, place = [], 0
+        while block := os.pread(self.descriptor, 1 << 24, place):
+            blocks.append(block)
+            place += len(block)
+        return b"".join(blocks)
+
+    def __del__(self) -> None:
+        descriptor = getattr(self, "descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def encode_json(value: Any, indent: int | None = None) -> bytes:
     """JSON in UTF-8; a file name that is not UTF-8 survives as `\\udcXX` escapes."""
     return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")

@@ -1,6 +1,8 @@
-"""Where every sample of a shard lies: the shard's `.json`, as NumPy columns."""
+"""Where every sample lies: one by one from a shard's `.records`, or from its whole `.json`."""
 
 import hashlib
+import logging
+import sys
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -14,12 +16,17 @@ from numpy.typing import NDArray
 from data_pipeline.errors import InputError
 from data_pipeline.files import parse_json, read_bytes
 from data_pipeline.manifest import Manifest, ShardEntry
+from data_pipeline.records import RecordFile, RecordsUnusable, SampleRecord, encode_records
 from data_pipeline.sample import IMAGE_COMPONENTS, INFO, LABEL, MASK, MAX_PIXELS
 
 INDEX_VERSION = 1
 _SLOTS = ("image", MASK, LABEL, INFO)
 _MAX_CRC = 2**32 - 1
 _REMEDY = "copy the whole folder here again or build the shards again"
+_CACHED_BYTES = 1 << 28  # of whole indexes
+_CACHED_INDEXES = 2  # at the least
+_OPEN_RECORDS = 64
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,51 +48,117 @@ class ShardIndex:
     image_names: list[str]
     proposals: NDArray[np.int32]
 
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes in memory, about."""
+        keys = sum(map(sys.getsizeof, self.keys)) + 8 * 2 * len(self.keys)
+        return keys + self.extents.nbytes + self.sizes.nbytes + self.proposals.nbytes
+
     def extent(self, sample: int, component: str) -> tuple[int, int, int] | None:
         """(offset, size, CRC-32) of a component, `None` where the sample lacks it."""
-        offset, size, crc = self.extents[sample, _SLOTS.index(component)].tolist()
-        return None if size < 0 else (offset, size, crc)
+        return self.record(sample).extents[_SLOTS.index(component)]
+
+    def record(self, sample: int) -> SampleRecord:
+        """What is said of one sample."""
+        image, mask, label, info = (
+            None if size < 0 else (offset, size, crc)
+            for offset, size, crc in self.extents[sample].tolist()
+        )
+        height, width = self.sizes[sample].tolist()
+        name, proposals = self.image_names[sample], int(self.proposals[sample])
+        return SampleRecord((image, mask, label, info), height, width, name, proposals)
+
+    def encode_records(self, index_sha256: str) -> bytes:
+        """The bytes of the shard's `.records`; the checksum is that of its `.json`."""
+        columns = (self.keys, self.extents, self.sizes, self.image_names, self.proposals)
+        return encode_records(*columns, index_sha256)
 
 
 class DatasetIndex:
-    """The index of all shards of a manifest; a shard's part is read when it is first needed.
+    """The index of all shards of a manifest.
 
-    One that cannot be used is not read again: what was wrong with it is kept instead.
+    A sample's record is read alone from its shard's `.records`. Where that cannot be used, the
+    shard's whole `.json` is read instead and kept; one `.json` that cannot be used is not read
+    again: what was wrong with it is kept.
+
+    Args:
+        manifest: of the shards.
+        cached_bytes: of whole indexes that are kept, two of them in any case.
     """
 
-    def __init__(self, manifest: Manifest, cached_shards: int = 64) -> None:
+    def __init__(self, manifest: Manifest, cached_bytes: int = _CACHED_BYTES) -> None:
         self.manifest = manifest
         self.counts = [shard.samples for shard in manifest.shards]
         self.starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
-        self._cached_shards = cached_shards
+        self._cached_bytes = cached_bytes
         self._cache: OrderedDict[int, ShardIndex] = OrderedDict()
         self._unusable: dict[int, str] = {}
+        # shared by all threads: whoever reads holds the file, so that none is closed under a read
+        self._records: OrderedDict[int, RecordFile] = OrderedDict()
+        self._by_json: dict[int, bool] = {}  # shards without usable records -> just outdated
         self._lock = threading.Lock()
+        self._loading = threading.Lock()
 
     @cached_property
     def samples(self) -> int:
         return int(self.starts[-1])
 
+    def record(self, shard: int, sample: int) -> SampleRecord:
+        """Where a sample lies; InputError where the shard's index does not fit the shard."""
+        try:
+            if (records := self._open_records(shard)) is not None:
+                found = records.record(sample)
+                if not found.fits(self.manifest.shards[shard].bytes):
+                    raise RecordsUnusable(f"has a record that cannot be ({sample})")
+                return found
+        except RecordsUnusable as problem:
+            self._read_json_instead(shard, problem)
+        return self.shard(shard).record(sample)
+
+    def key(self, shard: int, sample: int) -> str:
+        """A sample's key; InputError where the shard's index does not fit the shard."""
+        try:
+            if (records := self._open_records(shard)) is not None:
+                return records.key(sample)
+        except RecordsUnusable as problem:
+            self._read_json_instead(shard, problem)
+        return self.shard(shard).keys[sample]
+
     def shard(self, number: int) -> ShardIndex:
-        """Index of shard `number` of the manifest; InputError where it does not fit the shard."""
+        """Whole index of shard `number`; InputError where it does not fit the shard."""
+        if (found := self._cached(number)) is not None:
+            return found
+        with self._loading:  # parsing one takes ten times its size: never two at a time
+            if (found := self._cached(number)) is not None:
+                return found
+            try:
+                loaded = self._load(self.manifest.shards[number])
+            except InputError as error:
+                with self._lock:
+                    self._unusable[number] = str(error)
+                raise
+            with self._lock:
+                self._cache[number] = loaded
+                while (
+                    len(self._cache) > _CACHED_INDEXES
+                    and sum(each.nbytes for each in self._cache.values()) > self._cached_bytes
+                ):
+                    self._cache.popitem(last=False)
+        return loaded
+
+    def locate(self, sample_id: int) -> tuple[int, int]:
+        """(shard number, sample number) of a global sample id."""
+        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        return shard, sample_id - int(self.starts[shard])
+
+    def _cached(self, number: int) -> ShardIndex | None:
         with self._lock:
-            if number in self._cache:
+            known, found = self._unusable.get(number), self._cache.get(number)
+            if found is not None:
                 self._cache.move_to_end(number)
-                return self._cache[number]
-            known = self._unusable.get(number)
         if known is not None:
             raise InputError(known)
-        try:
-            loaded = self._load(self.manifest.shards[number])
-        except InputError as error:
-            with self._lock:
-                self._unusable[number] = str(error)
-            raise
-        with self._lock:
-            self._cache[number] = loaded
-            if len(self._cache) > self._cached_shards:
-                self._cache.popitem(last=False)
-        return loaded
+        return found
 
     def _load(self, entry: ShardEntry) -> ShardIndex:
         try:
@@ -94,10 +167,46 @@ class DatasetIndex:
             raise InputError(f"{self.manifest}/{entry.index} cannot be read: {error}") from None
         return read_index(self.manifest.root, entry, path)[0]
 
-    def locate(self, sample_id: int) -> tuple[int, int]:
-        """(shard number, sample number) of a global sample id."""
-        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
-        return shard, sample_id - int(self.starts[shard])
+    def _open_records(self, shard: int) -> RecordFile | None:
+        """The shard's records, `None` where they are known to be unusable."""
+        with self._lock:
+            if shard in self._by_json:
+                return None
+            if (found := self._records.get(shard)) is not None:
+                self._records.move_to_end(shard)
+                return found
+        entry = self.manifest.shards[shard]
+        try:
+            path = self.manifest.records_path(entry)
+        except FileNotFoundError:
+            raise RecordsUnusable("is missing", outdated=True) from None
+        except OSError as error:
+            raise RecordsUnusable(f"cannot be read ({error})") from None
+        opened = RecordFile(path, entry.index_sha256, entry.samples)
+        with self._lock:
+            self._records[shard] = opened
+            if len(self._records) > _OPEN_RECORDS:
+                self._records.popitem(last=False)
+        return opened
+
+    def _read_json_instead(self, shard: int, problem: RecordsUnusable) -> None:
+        """Says once that records are outdated; that they are damaged at 1, 10, 100 … shards."""
+        with self._lock:
+            if shard in self._by_json:
+                return
+            self._by_json[shard] = problem.outdated
+            self._records.pop(shard, None)
+            alike = sum(other == problem.outdated for other in self._by_json.values())
+        entry = self.manifest.shards[shard]
+        self.manifest.forget_records(entry)
+        if alike == 1 or (not problem.outdated and str(alike).rstrip("0") == "1"):
+            where = "on the folder that it was copied from" if self.manifest.cache else "there"
+            log.warning(
+                "%s/%s %s%s; a shard's whole .json is read instead, which is slow and takes "
+                "memory: run `maskbank shards records` %s",
+                *(self.manifest, entry.records, problem),
+                *(f" ({alike} shards so far)" if alike > 1 else "", where),
+            )
 
 
 def read_index(
@@ -117,7 +226,7 @@ def read_index(
         )
     try:
         value = parse_json(data, path, "shard index", _REMEDY)
-        index = _parse(value["samples"], entry.bytes)
+        index = parse_samples(value["samples"], entry.bytes)
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -148,7 +257,8 @@ def dali_index(samples: list[dict[str, Any]]) -> bytes:
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
 
 
-def _parse(samples: list[dict[str, Any]], tar_bytes: int) -> ShardIndex:
+def parse_samples(samples: list[dict[str, Any]], tar_bytes: int) -> ShardIndex:
+    """The columns of what a `.json` says of samples; many kinds of errors where it is damaged."""
     extents = np.full((len(samples), len(_SLOTS), 3), -1, np.int64)
     sizes = np.empty((len(samples), 2), np.int32)
     proposals = np.zeros(len(samples), np.int32)

@@ -1,4 +1,4 @@
-"""`maskbank shards verify|quarantine|reindex|stats`: what is there, and what is wrong with it."""
+"""`maskbank shards verify|quarantine|reindex|records|stats`: what is there and is wrong with it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +29,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(verify)
     app.command()(quarantine)
     app.command()(reindex)
+    app.command()(records)
     app.command()(stats)
 
 
@@ -129,6 +130,24 @@ def reindex(
     if done.failures:
         lines = [f"{done.failures:,} cannot be read in place, see {folder / FAILURES}; {ADVICE}"]
         print_lines([*lines, *_first_failures(folder / FAILURES)])
+
+
+def records(root: Root, processes: Processes = 2) -> None:
+    """Write the .records that single samples are read by, where they are missing or damaged.
+
+    Sets of earlier versions have none; training reads whole indexes then, in more time and memory.
+
+    Example: `maskbank shards records shards/train`
+    """
+    from data_pipeline.write_records import rewrite_records
+
+    folder = _folder(root)
+    with _bar("writing", len(read_manifest(folder, check_files=False).shards)) as advance:
+        done = rewrite_records(folder, processes, lambda: advance(1))
+    print_lines([f"wrote the records of {done.written:,} of {done.shards:,} shards"])
+    _show(f"{len(done.problems):,} could not be written", list(done.problems))
+    if done.problems:
+        raise typer.Exit(1)
 
 
 def stats(

@@ -62,16 +62,16 @@ class ShardSet:
         return str(self.manifest)
 
     def key(self, number: int) -> str:
-        return self._reader.describe(*self._reader.index.locate(number)).partition(":")[2]
+        return self._reader.index.key(*self._reader.index.locate(number))
 
     def read(self, number: int) -> StoredSample:
         shard, sample = self._reader.index.locate(number)
-        name = self._reader.describe(shard, sample)
         try:
             found = self._reader.read(shard, sample, label=True)
         except SampleError as error:
             raise SampleError(error.stage, f"{self.manifest.root / error.reason}") from None
         if found.label is None:
+            name = self._reader.describe(shard, sample)
             raise SampleError("label", f"{self.manifest.root / name} has no label")
         return found
 

@@ -57,6 +57,11 @@ class ShardEntry:
     def stem(self) -> str:
         return self.name.removesuffix(".tar")
 
+    @property
+    def records(self) -> str:
+        """File name of the index as records of one size; it holds the checksum of the index."""
+        return self.index.removesuffix(".json") + ".records"
+
 
 @dataclass(frozen=True)
 class DroppedShard:
@@ -92,6 +97,17 @@ class Manifest:
         if self.cache is None:
             return self.root / shard.index
         return self.cache.local(shard.index, shard.index_sha256)
+
+    def records_path(self, shard: ShardEntry) -> Path:
+        """Where the records of a shard are read: OSError where they cannot be downloaded."""
+        if self.cache is None:
+            return self.root / shard.records
+        return self.cache.local(shard.records, shard.index_sha256, derived=True)
+
+    def forget_records(self, shard: ShardEntry) -> None:
+        """A copy of records that are damaged is downloaded again the next time."""
+        if self.cache is not None:
+            self.cache.forget(shard.records, shard.index_sha256)
 
     @property
     def samples(self) -> int:

@@ -2,7 +2,7 @@
 
 A shard gets a new index beside the old one, then the manifest is switched to it in one rename, then
 DALI's `.idx` follows. So a process that is killed at any moment leaves a set of shards that is
-either as it was or as it is to be, but for an `.idx`, which the next run mends.
+either as it was or as it is to be, but for an `.idx` or `.records`, which the next run mends.
 """
 
 import json
@@ -20,6 +20,7 @@ from data_pipeline.reindex import describe_shard, index_value, member_names
 from data_pipeline.tar_samples import MemberNames, scan_tar
 from data_pipeline.verify import Problem, ShardCheck, ShardTask, check_shard, shard_tasks
 from data_pipeline.workers import run_tasks
+from data_pipeline.write_records import write_records
 
 LOG = "quarantine.jsonl"
 Value = dict[str, Any]
@@ -105,7 +106,7 @@ def quarantine_samples(
             manifest = _switch(manifest, changes)
         kept = {entry.name: entry for entry in manifest.shards}
         for entry in [*stale, *(kept[name] for name in changes if name in kept)]:
-            write_dali_index(root, entry)
+            write_derived(root, entry)
     return Outcome(
         manifest,
         sum(
@@ -122,7 +123,7 @@ def quarantine_samples(
 
 
 def _plan_change(task: ShardWork) -> tuple[ShardEntry, Change | None]:
-    """What becomes of a shard; `None` where at most its `.idx` is wrong."""
+    """What becomes of a shard; `None` where at most `.idx` or `.records` are wrong."""
     entry, root = task.check.entry, task.check.root
     check = check_shard(task.check)
     try:
@@ -186,6 +187,7 @@ def with_new_index(
     if not path.exists():
         with atomic_write(path) as file:
             file.write(data)
+    write_records(root, described)
     return Change(entry, described, bad, remade)
 
 
@@ -224,7 +226,7 @@ def _by_shard(
     """Tar name -> key -> reason of all that problems are about; and what no shard owns."""
     owners: dict[str, str] = {}
     for entry in manifest.shards:
-        owners |= dict.fromkeys((entry.name, entry.index, f"{entry.stem}.idx"), entry.name)
+        owners |= dict.fromkeys(_files(entry), entry.name)
     found: dict[str, dict[str, str]] = {}
     left = []
     for problem in problems:
@@ -236,6 +238,10 @@ def _by_shard(
         if problem.key:
             reasons.setdefault(problem.key, f"{problem.component}: {problem.what}")
     return found, left
+
+
+def _files(entry: ShardEntry) -> tuple[str, ...]:
+    return entry.name, entry.index, entry.records, f"{entry.stem}.idx"
 
 
 def _switch(manifest: Manifest, changes: dict[str, Change]) -> Manifest:
@@ -307,12 +313,18 @@ def _log(root: Path, lines: list[Value]) -> None:
             file.write(line + b"\n")
 
 
-def write_dali_index(root: Path, entry: ShardEntry) -> None:
-    expected = dali_index(read_index(root, entry)[1]["samples"])
-    path = root / f"{entry.stem}.idx"
-    if not path.is_file() or path.read_bytes() != expected:
-        with atomic_write(path) as file:
-            file.write(expected)
+def write_derived(root: Path, entry: ShardEntry) -> None:
+    """Writes what follows from a shard's index, where it is not there as it should be."""
+    index, value = read_index(root, entry)
+    expected = {
+        f"{entry.stem}.idx": dali_index(value["samples"]),
+        entry.records: index.encode_records(entry.index_sha256),
+    }
+    for name, data in expected.items():
+        path = root / name
+        if not path.is_file() or path.read_bytes() != data:
+            with atomic_write(path) as file:
+                file.write(data)
 
 
 def read_log(root: Path) -> list[Value]:

@@ -6,8 +6,10 @@ import zlib
 from collections import OrderedDict
 from contextlib import suppress
 
-from data_pipeline.errors import SampleError
+from data_pipeline.errors import InputError, SampleError
+from data_pipeline.files import OpenFile
 from data_pipeline.index import DatasetIndex
+from data_pipeline.records import Extent, SampleRecord
 from data_pipeline.sample import LABEL, MASK, StoredSample
 
 _OPEN_FILES_PER_THREAD = 32
@@ -23,34 +25,53 @@ class SampleReader:
         self.index = index
         self._local = threading.local()  # descriptors belong to one thread: no closing under a read
 
-    def read(self, shard: int, sample: int, label: bool = False) -> StoredSample:
+    def read(
+        self, shard: int, sample: int, label: bool = False, record: SampleRecord | None = None
+    ) -> StoredSample:
         """Image, mask (where there is one) and, if asked for, label of one sample.
+
+        Args:
+            shard, sample: numbers.
+            label: read it too.
+            record: of the sample, if it was read already.
 
         Raises:
             SampleError: a component cannot be read in full or fails its checksum.
             InputError: the shard's index cannot be used.
         """
-        image = self._component(shard, sample, "image")
+        record = record or self.index.record(shard, sample)
+        place = (shard, sample)
+        image_extent, mask_extent, label_extent, _ = record.extents
+        image = self._component(*place, "image", image_extent)
         if image is None:
             raise SampleError("read", f"{self.describe(shard, sample)} has no image")
-        mask = self._component(shard, sample, MASK)
-        return StoredSample(image, mask, self._component(shard, sample, LABEL) if label else None)
+        mask = self._component(*place, MASK, mask_extent)
+        found = self._component(*place, LABEL, label_extent) if label else None
+        return StoredSample(image, mask, found)
 
     def read_ahead(self, shard: int) -> None:
         """Downloads a shard that lies at an address, if it is not in the cache."""
         manifest = self.index.manifest
         if manifest.cache is not None:
+            entry = manifest.shards[shard]
             with suppress(OSError):  # told when its samples are read
-                manifest.index_path(manifest.shards[shard])
-                manifest.shard_path(manifest.shards[shard])
+                try:
+                    manifest.records_path(entry)
+                except OSError:
+                    manifest.index_path(entry)
+                manifest.shard_path(entry)
 
     def describe(self, shard: int, sample: int) -> str:
-        """Shard file and key of a sample, for messages; InputError without its index."""
+        """Shard file and key of a sample, for messages; its number where no index can be read."""
         name = self.index.manifest.shards[shard].name
-        return f"{name}:{self.index.shard(shard).keys[sample]}"
+        try:
+            return f"{name}:{self.index.key(shard, sample)}"
+        except InputError:
+            return f"{name}:sample {sample}"
 
-    def _component(self, shard: int, sample: int, component: str) -> bytes | None:
-        extent = self.index.shard(shard).extent(sample, component)
+    def _component(
+        self, shard: int, sample: int, component: str, extent: Extent | None
+    ) -> bytes | None:
         if extent is None:
             return None
         offset, size, crc = extent
@@ -68,29 +89,16 @@ class SampleReader:
         return data
 
     def _descriptor(self, shard: int) -> int:
-        files: OrderedDict[int, _File] | None = getattr(self._local, "files", None)
+        files: OrderedDict[int, OpenFile] | None = getattr(self._local, "files", None)
         if files is None:
             files = self._local.files = OrderedDict()
         file = files.get(shard)
         if file is None:
             manifest = self.index.manifest
-            file = _File(str(manifest.shard_path(manifest.shards[shard])))
+            file = OpenFile(manifest.shard_path(manifest.shards[shard]))
             files[shard] = file
             if len(files) > _OPEN_FILES_PER_THREAD:
                 files.popitem(last=False)
         else:
             files.move_to_end(shard)
         return file.descriptor
-
-
-class _File:
-    """A descriptor that is closed with its owner, also when the thread ends."""
-
-    def __init__(self, path: str) -> None:
-        # not blocking: a pipe in the place of a shard is then an error instead of a wait
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-
-    def __del__(self) -> None:
-        descriptor = getattr(self, "descriptor", None)
-        if descriptor is not None:
-            os.close(descriptor)

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import atomic_write, encode_json, only_writer, read_json
-from data_pipeline.index import INDEX_VERSION, dali_index
+from data_pipeline.index import INDEX_VERSION, dali_index, parse_samples
 from data_pipeline.manifest import FAILURES, FILE_NAME, SHARD_NAME, Manifest, ShardEntry
 from data_pipeline.sample import LABEL, MASK
 from data_pipeline.sources.item import Failure
@@ -62,7 +62,7 @@ def reindex_tars(
     processes: int = 1,
     progress: Callable[[Indexed], None] | None = None,
 ) -> Reindexed:
-    """Writes `.json` and `.idx` of every tar in a folder, and `manifest.json`; tars stay untouched.
+    """Writes the indexes of every tar in a folder, and `manifest.json`; tars stay untouched.
 
     Samples are taken where they are in the form of sample.py already; others are listed in
     `failures.jsonl`. Classes are those of the manifest that was there, unless given.
@@ -185,6 +185,9 @@ def _index_tar(task: ReindexTask) -> Indexed:
     if found.samples:
         with atomic_write(stem.with_name(f"{entry.stem}.idx")) as file:
             file.write(dali_index(found.samples))
+        index = parse_samples(found.samples, found.bytes)
+        with atomic_write(task.root / entry.records) as file:
+            file.write(index.encode_records(entry.index_sha256))
     with atomic_write(stem.with_name(entry.index)) as file:
         file.write(data)
     kept = entry if found.samples else None

@@ -17,7 +17,7 @@ from data_pipeline.quarantine import (
     index_from_tar,
     places_of,
     with_new_index,
-    write_dali_index,
+    write_derived,
 )
 from data_pipeline.reindex import member_names
 from data_pipeline.verify import ShardTask
@@ -57,7 +57,7 @@ def restore_samples(
             manifest = _put_back(manifest, restored)
         for entry in manifest.shards:
             if entry.name in restored:
-                write_dali_index(root, entry)
+                write_derived(root, entry)
     now = sum(entry.samples for entry in manifest.shards if entry.name in restored)
     back = sum(entry.name in restored for entry in whole)
     return Outcome(manifest, now - before, back, 0, tuple(sorted(left)))

@@ -1,4 +1,4 @@
-"""One shard: its archive, DALI's index of it, and the marker that says that it is complete.
+"""One shard: its archive, two indexes of it, and the marker that says that it is complete.
 
 They are written in this order, each aside and then renamed; so a shard whose `.json` is there is
 whole, whatever happened to the process that wrote it.
@@ -12,8 +12,9 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from data_pipeline.files import encode_json, parse_json
-from data_pipeline.index import INDEX_VERSION, dali_index
+from data_pipeline.index import INDEX_VERSION, dali_index, parse_samples
 from data_pipeline.manifest import ShardEntry
+from data_pipeline.records import SUFFIX as RECORDS
 from data_pipeline.sample import LABEL, MASK, PackedSample
 from data_pipeline.sources.item import Failure
 from data_pipeline.store import Store
@@ -94,16 +95,26 @@ def write_shard(
                 raise _NothingToWrite
             marker["bytes"], marker["sha256"] = writer.close()
     except _NothingToWrite:
-        store.remove(f"{stem}.tar")
-        store.remove(f"{stem}.idx")
+        for suffix in (".tar", ".idx", RECORDS):
+            store.remove(stem + suffix)
     else:
         with store.writing(f"{stem}.idx") as file:
             file.write(dali_index(writer.samples))
     marker["failures"] = [asdict(failure) for failure in failures]
     marker["samples"] = writer.samples
+    data = encode_json(marker) + b"\n"
+    if writer.samples:
+        write_records(store, number, marker, data)
     with store.writing(f"{stem}.json") as file:
-        file.write(encode_json(marker) + b"\n")
+        file.write(data)
     return marker
+
+
+def write_records(store: Store, number: int, marker: Marker, data: bytes) -> None:
+    """Writes the index as records of one size; `data` is the marker as it is in its file."""
+    index = parse_samples(marker["samples"], marker["bytes"])
+    with store.writing(shard_stem(number) + RECORDS) as file:
+        file.write(index.encode_records(hashlib.sha256(data).hexdigest()))
 
 
 def read_marker(store: Store, number: int) -> Marker | None:

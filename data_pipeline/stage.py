@@ -1,7 +1,7 @@
 """Shards copied to a node's own disk: `python -m data_pipeline.stage SHARDS FOLDER`.
 
-Every file is compared with the manifest's checksum while it is copied; the manifest comes last, so
-that a folder with one is whole. What was copied before is not copied again.
+Every file is compared with the manifest's checksum while it is copied, records with their own; the
+manifest comes last, so that a folder with one is whole. What was copied before is not copied again.
 """
 
 import argparse
@@ -16,12 +16,14 @@ from pathlib import Path
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import FolderInUse, atomic_write, only_writer
-from data_pipeline.manifest import FILE_NAME, Manifest, read_manifest
+from data_pipeline.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
+from data_pipeline.write_records import is_whole, write_records
 
 _BLOCK = 4 << 20
 _THREADS = 8  # network disks answer many requests at a time
 _SPARE_BYTES = 1 << 28
 _PAUSE = 0.5  # seconds
+_RECORD_BYTES = 256  # of a sample in `.records`, at the most
 
 
 def stage_shards(
@@ -52,7 +54,10 @@ def stage_shards(
             for name, size, digest in wanted
             if not _is_whole(folder / name, size, digest)
         ]
-        needed, free = sum(size for _, size, _ in missing), shutil.disk_usage(folder).free
+        without = [entry for entry in source.shards if not is_whole(folder / entry.records, entry)]
+        needed = sum(size for _, size, _ in missing)
+        needed += sum(entry.samples for entry in without) * _RECORD_BYTES
+        free = shutil.disk_usage(folder).free
         if needed + _SPARE_BYTES > free:
             raise InputError(
                 f"{folder} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB of shards are "
@@ -65,7 +70,12 @@ def stage_shards(
                 _copy(source.root / name, folder / name, digest)
                 advance(size)
 
+            def copy_records(entry: ShardEntry) -> None:
+                advance(_copy_records(source.root, folder, entry))
+
             for _ in pool.map(copy, missing):
+                pass
+            for _ in pool.map(copy_records, without):
                 pass
         with atomic_write(folder / FILE_NAME) as file:
             file.write(source.encode())
@@ -116,6 +126,16 @@ def _copy(source: Path, target: Path, digest: str) -> None:
                 f"{source} is not what the manifest describes; `maskbank shards verify` finds what "
                 "is wrong, `quarantine` takes it out"
             )
+
+
+def _copy_records(source: Path, folder: Path, entry: ShardEntry) -> int:
+    """Bytes of a shard's records; they are made anew from the copied index if need be."""
+    target = folder / entry.records
+    if is_whole(source / entry.records, entry):
+        with (source / entry.records).open("rb") as file, atomic_write(target) as copy:
+            shutil.copyfileobj(file, copy, _BLOCK)
+    write_records(folder, entry)
+    return target.stat().st_size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from data_pipeline.errors import InputError, SampleError
-from data_pipeline.files import atomic_write, encode_json, read_bytes
+from data_pipeline.files import OpenFile, atomic_write, encode_json, read_bytes
 from data_pipeline.index import ShardIndex, dali_index, member_name, read_index
 from data_pipeline.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
+from data_pipeline.records import SUFFIX as RECORDS
 from data_pipeline.sample import LABEL, MASK
 from data_pipeline.stored_sample import check_stored
 from data_pipeline.tar_scan import Span, read_spans, scan_archive
@@ -19,7 +20,8 @@ from data_pipeline.workers import run_tasks
 Level = Literal["fast", "hash", "decode"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 SWAPPED = "it holds the bytes of"
-_OURS = (".tar", ".idx", ".json")
+_OURS = (".tar", ".idx", ".json", RECORDS)
+_RECORDS_REMEDY = ": `maskbank shards records` writes it again"
 _NOT_SHARDS = {FILE_NAME, "build.json"}
 
 
@@ -146,7 +148,7 @@ def read_problems(path: Path) -> list[Problem]:
 
 
 def check_shard(task: ShardTask) -> ShardCheck:
-    """Checks one shard's three files against its entry in the manifest."""
+    """Checks one shard's four files against its entry in the manifest."""
     entry, path = task.entry, task.root / task.entry.name
     index, value, problems = _check_index(task)
     try:
@@ -195,12 +197,15 @@ def _check_index(task: ShardTask) -> tuple[ShardIndex | None, dict[str, Any], li
             problems.append(Problem(entry.index, "", slot, what))
     if len(set(index.keys)) < len(index.keys):
         problems.append(Problem(entry.index, "", "", "two samples have one key"))
-    name = f"{entry.stem}.idx"
-    try:
-        if (task.root / name).read_bytes() != expected:
-            problems.append(Problem(name, "", "", f"is not what {entry.index} gives"))
-    except OSError as error:
-        problems.append(Problem(name, "", "", f"cannot be read ({error.strerror})"))
+    derived = {f"{entry.stem}.idx": (expected, "")}
+    derived[entry.records] = (index.encode_records(entry.index_sha256), _RECORDS_REMEDY)
+    for name, (data, remedy) in derived.items():
+        try:
+            if OpenFile(task.root / name).read() != data:
+                problems.append(Problem(name, "", "", f"is not what {entry.index} gives{remedy}"))
+        except OSError as error:
+            what = f"cannot be read ({error.strerror}){remedy}"
+            problems.append(Problem(name, "", "", what))
     return index, value, problems
 
 
@@ -291,7 +296,7 @@ def _is_stray(name: str, stems: set[str], indexes: set[str]) -> bool:
     if not name.endswith(_OURS) or name.startswith(".") or name in _NOT_SHARDS | indexes:
         return False
     stem = name.rpartition(".")[0]
-    quarantined = name.endswith(".json") and stem.rpartition(".quarantine-")[0] in stems
+    quarantined = name.endswith((".json", RECORDS)) and stem.rpartition(".quarantine-")[0] in stems
     return stem not in stems and not quarantined
 
 

@@ -22,13 +22,15 @@ from data_pipeline.files import only_writer
 from data_pipeline.finish_build import finish, set_aside
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Plan, PlannedShard, PlanReader
+from data_pipeline.records import SUFFIX as RECORDS
 from data_pipeline.sample import PackedSample, pack_sample
 from data_pipeline.shard_file import (
     Marker,
     ShardWriter,
     is_whole,
-    read_marker,
+    read_marker_bytes,
     shard_stem,
+    write_records,
     write_shard,
 )
 from data_pipeline.sources.item import Failure, Item, Listing
@@ -226,12 +228,13 @@ def _finished(task: _Task) -> Marker | None:
     """The marker of a shard that is complete; `None` if it is to be written (again).
 
     That is also so where a file of it is lost, or a sample that failed can be used by now and was
-    asked for.
+    asked for. Lost records follow from the marker.
     """
     number = task.shard.number
-    marker = read_marker(task.store, number)
-    if marker is None:
+    found = read_marker_bytes(task.store, number)
+    if found is None:
         return None
+    marker, data = found
     stem = shard_stem(number)
     if marker.get("plan") != task.shard.fingerprint:
         raise InputError(
@@ -246,6 +249,8 @@ def _finished(task: _Task) -> Marker | None:
                 "it was written; give --output a new folder, or delete that one first"
             )
     if is_whole(task.store, number, marker) and not _can_be_used_now(task, marker, items):
+        if marker["samples"] and task.store.size(stem + RECORDS) < 0:
+            write_records(task.store, number, marker, data)
         return marker
     task.store.remove(f"{stem}.json")  # first of all: killed after this, it counts as not written
     return None

@@ -29,7 +29,11 @@ from trainer.metrics import read_metrics
 SHARDS, DAMAGED, SEED = 1200, 1000, 7
 VIEWS = ViewConfig(image_size=32, candidates=4)
 ORDER = {"seed": 3, "window": 8}
-KINDS = ("flip", "cut", "swap", "delete", "edit index", "lose index", "edit idx")
+KINDS = (
+    *("flip", "cut", "swap", "delete"),
+    *("edit index", "lose index", "lose indexes", "edit idx", "edit records"),
+)
+COSTS_NOTHING = {"edit index", "lose index", "edit idx", "edit records"}  # in training
 
 
 def build(root: Path, shards: int) -> Manifest:
@@ -88,11 +92,16 @@ def swap(first: Path, second: Path) -> None:
 
 
 def damage(stem: Path, kind: str, draw: np.random.Generator) -> None:
-    tar, index, idx = (stem.with_name(stem.name + suffix) for suffix in (".tar", ".json", ".idx"))
+    tar, index, idx, records = (
+        stem.with_name(stem.name + suffix) for suffix in (".tar", ".json", ".idx", ".records")
+    )
     if kind == "delete":
         tar.unlink()
     elif kind == "lose index":
         index.unlink()
+    elif kind == "lose indexes":
+        index.unlink()
+        records.unlink()
     elif kind == "cut":
         os.truncate(tar, int(draw.integers(tar.stat().st_size)))
     elif kind == "edit index" and draw.integers(2):
@@ -101,7 +110,8 @@ def damage(stem: Path, kind: str, draw: np.random.Generator) -> None:
         extent[draw.integers(3)] += 1
         index.write_text(json.dumps(value))
     else:
-        flip_bit({"flip": tar, "edit index": index, "edit idx": idx}[kind], draw)
+        files = {"flip": tar, "edit index": index, "edit idx": idx, "edit records": records}
+        flip_bit(files[kind], draw)
 
 
 def flip_bit(path: Path, draw: np.random.Generator) -> None:
@@ -150,8 +160,9 @@ def test_every_damaged_shard_is_named_and_no_other(
     assert {problem.file.rpartition(".")[0] for problem in problems} == set(kinds)
     for problem in problems:  # and the right file of it
         kind = kinds[problem.file.rpartition(".")[0]]
-        suffix = {"edit index": ".json", "lose index": ".json", "edit idx": ".idx"}
-        assert problem.file.endswith(suffix.get(kind, ".tar"))
+        suffix = {"edit idx": ".idx", "edit records": ".records"}
+        whole = ".json" if "index" in kind else ".tar"
+        assert problem.file.endswith(suffix.get(kind, whole))
 
 
 @pytest.mark.slow
@@ -163,12 +174,13 @@ def test_quarantine_leaves_what_is_whole(
     done = quarantine_samples(root, verify_shards(root), processes=2)
     assert verify_shards(root) == []
     kinds = Counter(damaged[1].values())
-    # a flipped bit costs one sample of two or none; lost indexes and .idx files cost nothing
-    least = 2 * (SHARDS - DAMAGED + kinds["edit index"] + kinds["lose index"] + kinds["edit idx"])
+    # a flipped bit costs one sample of two or none; indexes cost nothing
+    indexes = kinds["edit index"] + kinds["lose index"] + kinds["lose indexes"]
+    least = 2 * (SHARDS - DAMAGED + indexes + kinds["edit idx"] + kinds["edit records"])
     assert (
         least + kinds["flip"] <= done.manifest.samples <= least + 2 * kinds["flip"] + kinds["cut"]
     )
-    assert done.indexes == kinds["edit index"] + kinds["lose index"]
+    assert done.indexes == indexes
     assert done.dropped >= kinds["delete"] + kinds["swap"]
     manifest = read_manifest(root)
     reader, index = SampleReader(DatasetIndex(manifest)), DatasetIndex(pristine)
@@ -199,11 +211,11 @@ def test_an_epoch_over_them_delivers_whole_samples_only(
     again, same = fetch(manifest, batches=8, size=300, world=1)
     ids = [sample.sample_id for sample in fetched]
     assert ids == [sample.sample_id for sample in again]
-    assert bad == same > 2 * sum(kind in ("delete", "lose index") for kind in kinds.values())
+    assert bad == same > 2 * sum(kind in ("delete", "lose indexes") for kind in kinds.values())
     undisturbed, _ = fetch(pristine, batches=8, size=300, world=1)
     for ours, theirs in zip(ids, undisturbed, strict=True):
         stem = pristine.shards[theirs.sample_id // 2].stem
-        if kinds.get(stem, "edit idx") == "edit idx":
+        if kinds.get(stem, "edit idx") in COSTS_NOTHING:
             assert ours == theirs.sample_id
         elif kinds[stem] not in ("flip", "cut"):
             assert ours != theirs.sample_id
@@ -237,6 +249,7 @@ def test_where_nothing_can_be_read_it_ends_with_the_remedy(tmp_path: Path) -> No
     pristine = build(tmp_path, 10)
     for entry in pristine.shards:
         (tmp_path / entry.index).unlink()
+        (tmp_path / entry.records).unlink()
     with pytest.raises(InputError) as caught:
         fetch(read_manifest(tmp_path), batches=1, size=4, world=1)
     assert "shard index" in str(caught.value)

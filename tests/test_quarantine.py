@@ -311,7 +311,7 @@ def run_killed_at_write(
         return whole(path)
 
     with monkeypatch.context() as patched:
-        for module in ("quarantine", "restore", "manifest"):
+        for module in ("quarantine", "restore", "manifest", "write_records"):
             patched.setattr(f"data_pipeline.{module}.atomic_write", write)
         try:
             run()
@@ -346,8 +346,8 @@ def test_killed_before_any_write_it_goes_on_where_it_was(
                 reader.read(*reader.index.locate(sample_id))
         clean(root)
         assert checksums(root) == checksums(tmp_path / "undisturbed")
-    # three indexes, the log and the manifest; then the .idx of the two that lost samples
-    assert switched == [False] * 5 + [True] * 2
+    # three indexes and their records, the log and the manifest; then .idx where samples were lost
+    assert switched == [False] * 8 + [True] * 2
 
 
 def test_a_restore_that_was_killed_is_repeated(

@@ -138,7 +138,8 @@ def test_no_descriptors_leak(manifest: Manifest) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert open_shards(manifest.root) == len(manifest.shards)  # this thread's; others ended
+        # tars of this thread, others have ended; and records, which threads share
+        assert open_shards(manifest.root) == 2 * len(manifest.shards)
         del reader
     assert open_shards(manifest.root) == 0
     fetcher = Fetcher(open_reader(manifest), SampleOrder([SHARD] * 4, 0, 2), VIEWS, threads=3)
@@ -158,7 +159,7 @@ def test_many_shards_keep_few_files_open(tmp_path: Path) -> None:
     for _ in range(2):
         for number, item in enumerate(items):
             assert reader.read(number, 0).image == item.raw.image
-    assert open_shards(tmp_path) == 32
+    assert open_shards(tmp_path) == 32 + 40  # tars and records
 
 
 # ---------------------------------------------------------------- bad samples in training
@@ -272,6 +273,8 @@ def test_a_shard_without_its_index_is_replaced_sample_by_sample(
     """The order stays what the manifest says; only the shard's own positions get substitutes."""
     whole, _ = fetch_all(manifest, threads=1, batch=COUNT)
     (manifest.root / "shard-000000.json").write_bytes(b"{}")
+    assert fetch_all(manifest, threads=1, batch=COUNT)[1].bad_samples == 0  # by its records
+    (manifest.root / "shard-000000.records").unlink()
     fetched, fetcher = fetch_all(manifest, threads=2, batch=4)
     assert fetcher.bad_samples >= 2 * SHARD
     for ours, theirs in zip(fetched, whole, strict=True):
@@ -280,12 +283,15 @@ def test_a_shard_without_its_index_is_replaced_sample_by_sample(
         else:
             assert ours.sample_id == theirs.sample_id
             assert ours.image.tobytes() == theirs.image.tobytes()
-    assert len(caplog.records) == 1
+    first, second = caplog.records
+    assert "shard-000000.records is missing; a shard's whole .json is read" in first.getMessage()
+    assert second.levelname == "WARNING"
     assert "shard-000000.json is not the index that the manifest describes" in caplog.text
 
 
 def test_evaluation_ends_at_a_shard_without_its_index(manifest: Manifest) -> None:
-    (manifest.root / "shard-000000.json").unlink()
+    for suffix in (".json", ".records"):
+        (manifest.root / f"shard-000000{suffix}").unlink()
     with pytest.raises(InputError, match=r"shard index .*shard-000000\.json cannot be read"):
         WholeImages(ShardSet(manifest), 16, threads=2).read(0)
 

@@ -100,6 +100,29 @@ def test_samples_are_read_through_the_cache(local: Path, remote: str, tmp_path: 
     assert copy.read_bytes() == (local / entry.name).read_bytes()
     names = os.listdir(tmp_path / "cache")
     assert not [name for name in names if name.startswith(".")]
+    assert {name.rpartition(".")[2] for name in names} == {"tar", "records"}  # no whole index
+
+
+def test_without_usable_records_the_index_is_downloaded(
+    bucket: str, local: Path, remote: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    system, path = file_system(remote)
+    _, other = file_system(f"{bucket}/older")
+    for name in system.ls(path):
+        if not name.endswith("0.records"):
+            system.copy(name, f"{other}/{name.rpartition('/')[2]}")
+    system.pipe_file(f"{other}/shard-000001.records", b"x")
+    manifest = read_manifest(f"{bucket}/older", cache_folder=tmp_path)
+    reader, expected = (
+        SampleReader(DatasetIndex(each)) for each in (manifest, read_manifest(local))
+    )
+    for shard in (0, 1):
+        reader.read_ahead(shard)
+        assert reader.read(shard, 0) == expected.read(shard, 0)
+    assert "older/shard-000000.records is missing" in caplog.text
+    assert "older/shard-000001.records is cut short" in caplog.text
+    here = {path.name.partition("-")[2] for path in tmp_path.iterdir()}
+    assert here == {f"shard-00000{n}.{kind}" for n in (0, 1) for kind in ("tar", "json")}
 
 
 def test_the_next_window_is_downloaded_ahead(remote: str, tmp_path: Path) -> None:

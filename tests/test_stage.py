@@ -37,9 +37,9 @@ def test_a_copy_is_a_set_of_shards(shards: Path, tmp_path: Path) -> None:
     ]
     assert not problems(tmp_path / "copy")
     assert DatasetIndex(staged).counts == DatasetIndex(read_manifest(shards)).counts
-    assert len(copied) == 6  # three shards and their indexes
+    assert len(copied) == 9  # three shards and both their indexes
     assert stage_shards(shards, tmp_path / "copy", copied.append) == staged
-    assert len(copied) == 6  # nothing twice
+    assert len(copied) == 9  # nothing twice
 
 
 def test_what_is_damaged_in_the_copy_is_copied_again(shards: Path, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_swapped_shards_are_called_by_their_names(manifest: Manifest) -> None:
     assert len({problem.key for problem in found if problem.key}) == 2 * SHARD
 
 
-@pytest.mark.parametrize("suffix", [".tar", ".idx", ".json"])
+@pytest.mark.parametrize("suffix", [".tar", ".idx", ".records", ".json"])
 def test_a_missing_file(manifest: Manifest, suffix: str) -> None:
     name = f"shard-000001{suffix}"
     (manifest.root / name).unlink()
@@ -152,7 +152,7 @@ def test_a_missing_file(manifest: Manifest, suffix: str) -> None:
         assert "No such file" in found[0].what
 
 
-@pytest.mark.parametrize("suffix", [".idx", ".json"])
+@pytest.mark.parametrize("suffix", [".idx", ".records", ".json"])
 def test_an_edited_index(manifest: Manifest, suffix: str) -> None:
     name = f"shard-000001{suffix}"
     data = (manifest.root / name).read_bytes()
@@ -261,7 +261,7 @@ def test_the_command_lists_problems_and_says_so_with_its_status(
     assert read_problems(tmp_path / "out.jsonl") == verify_shards(manifest.root)
 
 
-@pytest.mark.parametrize("command", ["verify", "quarantine", "reindex", "stats"])
+@pytest.mark.parametrize("command", ["verify", "quarantine", "reindex", "records", "stats"])
 def test_an_address_is_refused(app: typer.Typer, command: str) -> None:
     done = CliRunner().invoke(app, [command, "s3://bucket/shards"])
     assert isinstance(done.exception, InputError)

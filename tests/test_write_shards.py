@@ -70,6 +70,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------- the files
 
 
+SUFFIXES = (".tar", ".idx", ".records", ".json")
+
+
 def test_the_manifest_says_what_is_there(shards: Path) -> None:
     manifest = read_manifest(shards)
     sums = checksums(shards)
@@ -85,7 +88,7 @@ def test_the_manifest_says_what_is_there(shards: Path) -> None:
     assert manifest.failures == 0
     assert lines(shards / "failures.jsonl") == []
     stems = [f"shard-{number:06d}" for number in range(SCENES // SHARD)]
-    names = {f"{stem}{suffix}" for stem in stems for suffix in (".tar", ".idx", ".json")}
+    names = {f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES}
     assert set(sums) == names | {"manifest.json", "failures.jsonl", "build.json"}
 
 
