@@ -159,8 +159,10 @@ class DdpEngine:
     def gradient_is_finite(self) -> bool:
         """The gradient is the same on every rank by now, and is clipped on the way."""
         self._scaler.unscale_(self.optimizer)
-        limit = self._config.clip_norm or float("inf")
-        self._norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        self._norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._config.clip_norm:  # which goes over all gradients once more
+            nn.utils.clip_grads_with_norm_(parameters, self._config.clip_norm, self._norm)
         return bool(torch.isfinite(self._norm))
 
     def step(self, lr: float, skip: bool = False) -> Tensor:

@@ -10,7 +10,9 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from data_pipeline.errors import InputError
 from trainer.activation_checkpointing import checkpoint_blocks, find_blocks
+from trainer.atrous import trim_dilated
 from trainer.backbones import build_backbone
+from trainer.dropout import Dropout
 from trainer.settings import ModelConfig
 
 
@@ -90,9 +92,8 @@ def deeplab_decoder(channels: int, config: ModelConfig) -> nn.Sequential:
     """
     width = config.decoder_channels
     pyramid = ASPP(channels, list(config.atrous_rates), width)
-    for module in pyramid.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = config.dropout
+    trim_dilated(pyramid)
+    pyramid.project[3] = Dropout(config.dropout)
     return nn.Sequential(
         pyramid,
         nn.Conv2d(width, width, 3, padding=1, bias=False),
