@@ -45,7 +45,10 @@ def peer_python(
     installed = environment / _INSTALLED
     if python.exists() and _read(installed) == list(packages):
         return python
-    installed.unlink(missing_ok=True)
+    try:
+        installed.unlink(missing_ok=True)
+    except OSError as error:
+        raise NotInstalled(f"{folder} cannot hold an environment ({error.strerror})") from None
     _run([sys.executable, "-m", "venv", str(environment)], limit)
     (site_packages,) = environment.glob("lib/python*/site-packages")
     shared = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
