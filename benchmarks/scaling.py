@@ -90,8 +90,8 @@ class Worker:
 
     def __init__(self, group: Group) -> None:
         self.ranks = start_ranks("cpu", 1800)
-        torch.set_num_threads(cores_per_rank())
         self.config = load_config("demo_cpu", None, list(group.settings))
+        torch.set_num_threads(self.config.run.threads or cores_per_rank())
         plan = plan_run(self.config, group.world_size)
         self.state = TrainState(self.config, plan, None, self.ranks)
         width = self.config.model.embedding_dim
@@ -190,7 +190,6 @@ class Started:
     def __init__(self, group: Group) -> None:
         self.group = group
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trainer.state", "data_pipeline.write_shards"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -301,9 +300,7 @@ def draw(found: dict[str, Rounds], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, _ = pyplot.subplots(1, len(found), figsize=(5 * len(found), 3.6), sharey=True)
-    for axis, (mode, rounds) in zip(
-        [axes] if len(found) == 1 else axes, found.items(), strict=True
-    ):
+    for axis, (mode, rounds) in zip(figure.axes, found.items(), strict=True):
         worlds = sorted({world for world, _ in rounds})
         for kind in KINDS:
             all_values = [efficiencies(rounds, world, kind) for world in worlds]
@@ -361,6 +358,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    # imported once, in the process that all ranks are forked from
+    multiprocessing.set_forkserver_preload(["trainer.state", "data_pipeline.write_shards"])
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install -e '.[plots]'")
     environment = describe_environment(Ranks(0, 1, torch.device("cpu")))
