@@ -45,6 +45,7 @@ class Contender:
         task: contenders are compared within it.
         environment, packages: of a peer, see `peer_python`.
         needs: forms of the data that it reads.
+        saves: what the file of its encoder is called, after the id.
     """
 
     id: str
@@ -55,11 +56,12 @@ class Contender:
     environment: str = ""
     packages: tuple[str, ...] = ()
     needs: tuple[str, ...] = ("root",)
+    saves: str = ".pt"
 
 
 _MASKBANK, _LIGHTLY = "benchmarks.maskbank_contender", "benchmarks.compare_lightly"
 _WEBDATASET = "benchmarks.compare_webdataset"
-_OURS: dict[str, Any] = {"module": _MASKBANK, "needs": ("shards",)}
+_OURS: dict[str, Any] = {"module": _MASKBANK, "needs": ("shards",), "saves": ".safetensors"}
 _LIGHTLYS: dict[str, Any] = {
     "module": _LIGHTLY,
     "environment": "lightly",
@@ -70,6 +72,7 @@ _WEBDATASETS: dict[str, Any] = {
     "environment": "webdataset",
     "packages": ("webdataset>=1.0",),
     "needs": ("shards",),
+    "saves": ".safetensors",
 }
 CONTENDERS = (
     Contender("maskbank", what="the whole training loop, bf16", **_OURS),
@@ -154,6 +157,9 @@ def compare(
                 if not result.not_run:
                     _say(f"round {number + 1} of {options.rounds}: {result.contender.id}")
                     _window(result, running[result.contender.id], options)
+        for result in results:
+            if options.save is not None and result.windows and not result.not_run:
+                _save(result.contender, running[result.contender.id], options)
     finally:
         for process in running.values():
             process.end()
@@ -207,6 +213,16 @@ def _window(result: Result, process: ContenderProcess, options: argparse.Namespa
     except ContenderFailed as error:
         result.not_run = f"failed in round {len(result.windows) + 1}: {error}"
         process.kill()
+
+
+def _save(contender: Contender, process: ContenderProcess, options: argparse.Namespace) -> None:
+    """Its encoder into the folder --save; who has none says so."""
+    options.save.mkdir(parents=True, exist_ok=True)
+    file = options.save.absolute() / f"{contender.id}{contender.saves}"
+    try:
+        process.ask(options.window_limit, save=str(file))
+    except ContenderFailed as error:
+        _say(f"{contender.id}: {error}")
 
 
 def table(results: Sequence[Result], data: ComparisonData, options: argparse.Namespace) -> str:
@@ -295,6 +311,7 @@ def script(
     parser.add_argument("--steps", type=int, default=10, help="timed, of each contender a round")
     parser.add_argument("--only", metavar="ID,…", default=",".join(only), help="or patterns")
     parser.add_argument("--output", type=Path, help="JSON lines")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="for the encoders, at the end")
     parser.add_argument("--work", type=Path, default=Path("runs/side_by_side"))
     parser.add_argument("--environments", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--pause", type=float, default=1.5, help="seconds before each window")

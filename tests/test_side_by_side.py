@@ -13,21 +13,23 @@ import torch
 from PIL import Image
 
 from benchmarks.compare_webdataset import TwoViews
-from benchmarks.comparison_data import ComparisonData
+from benchmarks.comparison_data import ComparisonData, find_data
 from benchmarks.contender import descendants
 from benchmarks.contender_process import ContenderProcess
 from benchmarks.dilated_resnet import dilated_resnet18
 from benchmarks.environments import NotInstalled, peer_python
-from benchmarks.side_by_side import Contender, Result, compare, table, write_lines
+from benchmarks.side_by_side import CONTENDERS, Contender, Result, compare, table, write_lines
+from tests.sample_data import released_tree
 from tests.side_by_side_contender import OWN_MB, SHARED_MB, WORKER_SECONDS
 from trainer.backbones import build_backbone
+from trainer.encoder import load_encoder
 
 MODULE = "tests.side_by_side_contender"
 
 
 def options(folder: Path, **changed: object) -> argparse.Namespace:
     values = {"rounds": 2, "steps": 3, "size": 8, "batch": 5, "workers": 0, "settings": []}
-    limits = {"pause": 0.0, "start_limit": 60.0, "window_limit": 60.0}
+    limits = {"save": None, "pause": 0.0, "start_limit": 60.0, "window_limit": 60.0}
     where = {"work": folder, "environments": folder / "environments"}
     return argparse.Namespace(**{**values, **limits, **where, **changed})
 
@@ -98,6 +100,26 @@ def test_a_contender_ends_with_its_workers(tmp_path: Path) -> None:
     for member in members:
         state = subprocess.run(["ps", "-o", "stat=", "-p", str(member)], capture_output=True)
         assert state.stdout.decode().strip()[:1] in ("", "Z")
+
+
+@pytest.mark.slow
+def test_maskbank_takes_part_with_its_own_training_loop(tmp_path: Path) -> None:
+    names = [f"p{number}" for number in range(8)]
+    root = released_tree(tmp_path / "data", {"trainaug": names})
+    data = find_data(root, None, tmp_path / "work")
+    small = ("model.backbone=small", "model.decoder_channels=16", "model.embedding_dim=8")
+    (ours,) = (one for one in CONTENDERS if one.id == "maskbank")
+    chosen = options(
+        tmp_path, size=32, batch=4, rounds=1, settings=list(small), save=tmp_path / "encoders"
+    )
+    (result,) = compare([ours], data, chosen)
+    assert not result.not_run
+    assert [row["images"] for row in result.windows] == [12]
+    assert result.windows[0]["loss"] > 0
+    encoder = load_encoder(tmp_path / "encoders/maskbank.safetensors")
+    assert encoder.step == 3 + result.ready["settings"]["prefetched"] + 3
+    assert encoder.network.config.embedding_dim == 8
+    assert encoder.embed(torch.zeros(1, 3, 32, 32))[0].shape == (1, 8, 32, 32)
 
 
 def test_an_environment_without_packages_is_this_one(tmp_path: Path) -> None:
