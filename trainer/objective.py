@@ -21,7 +21,14 @@ from trainer.distributed import Ranks, all_gather_rows, gather_integers
 from trainer.loss import class_weights, contrast_pixels, saliency_counts, saliency_loss
 from trainer.memory_bank import ShardedMemoryBank
 from trainer.model import PixelOutput, upsample
-from trainer.proposals import QueryPixels, mask_prototypes, matched_proposals, query_pixels
+from trainer.pixels import upsample_at
+from trainer.proposals import (
+    QueryPixels,
+    mask_prototypes,
+    matched_proposals,
+    on_grid,
+    query_pixels,
+)
 from trainer.settings import LossConfig
 
 _OFFSETS = 16  # stream of the generator, apart from the pipeline's
@@ -93,7 +100,8 @@ def choose_pixels(
         positions = range(first_position, first_position + len(batch.sample_id))
         draws = [generator(seed, _OFFSETS, 0, position).random() for position in positions]
         offsets = torch.tensor(draws, dtype=torch.float64)
-    pixels = query_pixels(batch.query_mask, proposals, config.pixels_per_mask, offsets)
+    masks = on_grid(batch.query_mask, config.pixel_stride)
+    pixels = query_pixels(masks, proposals, config.pixels_per_mask, offsets)
 
     mine = proposals.new_tensor([len(proposals), len(pixels.index)])
     mine = torch.cat([mine, saliency_counts(batch.query_mask)])
@@ -142,10 +150,9 @@ def contrast_views(
     size = (batch.query_mask.shape[1], batch.query_mask.shape[2])
     proposals, pixels = chosen.proposals, chosen.pixels
     with torch.no_grad():
-        own = mask_prototypes(upsample(key.embedding, size), batch.key_mask, proposals)
+        own = mask_prototypes(key.embedding, batch.key_mask, proposals)
         prototypes = all_gather_rows(own, chosen.prototypes_of_ranks, ranks)
-    embeddings = upsample(query.embedding, size).movedim(1, -1).flatten(0, 2)
-    queries = F.normalize(embeddings[pixels.index], dim=1)
+    queries = F.normalize(upsample_at(query.embedding, size, pixels.index), dim=1)
 
     # other ranks' prototypes are never right for this rank's pixels: keys like the bank's
     first = sum(chosen.prototypes_of_ranks[: ranks.rank])

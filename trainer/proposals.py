@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.sample import IGNORE
+from trainer.pixels import upsample_at
 
 _IDS = 256
 
@@ -55,7 +56,7 @@ def mask_prototypes(features: Tensor, masks: Tensor, proposals: Tensor) -> Tenso
     """Sum of a proposal's L2-normalised pixel embeddings, normalised again (section 3.2).
 
     Args:
-        features: [B, D, H, W], not necessarily normalised.
+        features: [B, D, h, w], not necessarily normalised; upsampled at the pixels that count.
         masks: uint8 [B, H, W].
         proposals: int64 [M, 2], (sample, id), as `matched_proposals` gives them.
 
@@ -64,7 +65,8 @@ def mask_prototypes(features: Tensor, masks: Tensor, proposals: Tensor) -> Tenso
     """
     row = proposal_of_pixel(masks, proposals).flatten()
     inside = (row >= 0).nonzero().squeeze(1)
-    pixels = F.normalize(features.movedim(1, -1).flatten(0, 2)[inside], dim=1)
+    size = (masks.shape[1], masks.shape[2])
+    pixels = F.normalize(upsample_at(features, size, inside), dim=1)
     sums = pixels.new_zeros((len(proposals), features.shape[1]))
     return F.normalize(sums.index_add_(0, row[inside], pixels), dim=1)
 
@@ -100,6 +102,16 @@ def query_pixels(
     by_proposal = index[target.argsort(stable=True)]  # the pixels of each proposal stand together
     index = by_proposal[(counts.cumsum(0) - counts)[chosen] + within]
     return QueryPixels(index, chosen, spacing[chosen].float(), counts)
+
+
+def on_grid(masks: Tensor, stride: int) -> Tensor:
+    """Masks [B, H, W] with everything ignored but one pixel of every `stride` × `stride`."""
+    if stride == 1:
+        return masks
+    sparse = torch.full_like(masks, IGNORE)
+    lines = slice(stride // 2, None, stride)
+    sparse[:, lines, lines] = masks[:, lines, lines]
+    return sparse
 
 
 def _pixel_counts(masks: Tensor) -> Tensor:

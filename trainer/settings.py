@@ -174,6 +174,8 @@ class LossConfig:
         min_proposal_share: least share of a view's pixels for a proposal to count.
         pixels_per_mask: most query pixels of a proposal, evenly spread, their weights unbiased; 0
             takes all.
+        pixel_stride: query pixels are one of every so many rows and columns; 1 takes all, as
+            published. 8 is one for each feature at output stride 8; prototypes stay as they are.
     """
 
     temperature: float = 0.5
@@ -181,6 +183,7 @@ class LossConfig:
     saliency_weight: float = 1.0
     min_proposal_share: float = 0.0025
     pixels_per_mask: int = 0
+    pixel_stride: int = 1
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -191,6 +194,8 @@ class LossConfig:
             raise InputError(
                 f"loss.pixels_per_mask is {self.pixels_per_mask}; it must not be negative"
             )
+        if not 1 <= self.pixel_stride <= 64:
+            raise InputError(f"loss.pixel_stride is {self.pixel_stride}; it can be 1 to 64")
 
 
 @dataclass(frozen=True)
