@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ _INDEX_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "copy it here again or build the shards again"
 _BLOCK = 1 << 20
+_THREADS = 16
 Data = bytes  # in `Manifest`, that name is a count
 
 
@@ -200,20 +203,16 @@ def missing_shards(manifest: Manifest) -> str | None:
     Raises:
         InputError: not one shard is there.
     """
-    missing = changed = 0
     if manifest.cache is not None:
         return None  # told when they are downloaded
-    for shard in manifest.shards:
-        try:
-            changed += (manifest.root / shard.name).stat().st_size != shard.bytes
-        except OSError:
-            missing += 1
+    with ThreadPoolExecutor(_THREADS) as pool:  # network disks answer many requests at a time
+        sizes = list(pool.map(lambda part: _sizes(manifest, part), range(_THREADS)))
+    found = [pair for part in sizes for pair in part]
+    missing = sum(size < 0 for size, _ in found)
+    changed = sum(size >= 0 and size != expected for size, expected in found)
     total = len(manifest.shards)
     if missing == total:
-        raise InputError(
-            f"not one of the {total:,} shards that the manifest lists is in {manifest.root}; "
-            "copy them here again or build the shards again"
-        )
+        raise InputError(_none_there(manifest))
     if not missing and not changed:
         return None
     return (
@@ -221,6 +220,33 @@ def missing_shards(manifest: Manifest) -> str | None:
         "another size than the manifest says; samples that cannot be read are replaced by others: "
         f"run `maskbank shards verify {manifest.root}`"
     )
+
+
+def require_a_shard(manifest: Manifest) -> None:
+    """InputError where not one shard is there; one look where the first is."""
+    if manifest.cache is None and not any(
+        (manifest.root / shard.name).exists() for shard in manifest.shards
+    ):
+        raise InputError(_none_there(manifest))
+
+
+def _none_there(manifest: Manifest) -> str:
+    return (
+        f"not one of the {len(manifest.shards):,} shards that the manifest lists is in "
+        f"{manifest.root}; copy them here again or build the shards again"
+    )
+
+
+def _sizes(manifest: Manifest, part: int) -> list[tuple[int, int]]:
+    """Bytes of every 16th shard, -1 where it is missing, and what they should be."""
+    found = []
+    for shard in manifest.shards[part::_THREADS]:
+        try:
+            size = os.stat(f"{manifest.root}/{shard.name}").st_size
+        except OSError:
+            size = -1
+        found.append((size, shard.bytes))
+    return found
 
 
 def hash_file(path: Path) -> str:

@@ -12,8 +12,16 @@ import pytest
 
 from data_pipeline.errors import InputError
 from data_pipeline.index import DatasetIndex
-from data_pipeline.manifest import DroppedShard, Manifest, missing_shards, read_manifest
+from data_pipeline.manifest import (
+    DroppedShard,
+    Manifest,
+    missing_shards,
+    read_manifest,
+    require_a_shard,
+)
 from tests.sample_data import build_scene_shards
+from trainer.config import load_config
+from trainer.preflight import plan_run
 
 COUNT, SHARD = 24, 6
 
@@ -113,10 +121,22 @@ def test_shards_that_are_not_there_are_counted_for_training(manifest: Manifest) 
     assert "of 4 shards" in told
     assert "2 are missing and 1 have another size" in told
     assert f"maskbank shards verify {manifest.root}" in told
-    for number in (0, 2):
-        (manifest.root / f"shard-{number:06d}.tar").unlink()
-    with pytest.raises(InputError, match="not one of the 4 shards that the manifest lists is in"):
-        missing_shards(manifest)
+    (manifest.root / "shard-000000.tar").unlink()
+    require_a_shard(manifest)  # one is left, though cut
+    (manifest.root / "shard-000002.tar").unlink()
+    for check in (missing_shards, require_a_shard):
+        with pytest.raises(InputError, match="not one of the 4 shards that the manifest lists is"):
+            check(manifest)
+
+
+def test_only_rank_0_counts_what_is_missing(manifest: Manifest, tmp_path: Path) -> None:
+    (manifest.root / "shard-000001.tar").unlink()
+    settings = [f"data.shards={manifest.root}", f"run.directory={tmp_path / 'run'}"]
+    config = load_config("demo_cpu", None, [*settings, "data.batch_size=4", "run.steps=1"])
+    plans = [plan_run(config, 2, rank) for rank in (0, 1)]
+    told = ["1 are missing" in " ".join(plan.warnings) for plan in plans]
+    assert told == [True, False]
+    assert plans[0].data_fingerprint == plans[1].data_fingerprint
 
 
 def test_no_manifest(tmp_path: Path, manifest: Manifest) -> None:

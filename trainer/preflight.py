@@ -16,7 +16,13 @@ import torch
 
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import labelled_shards
-from data_pipeline.manifest import Manifest, missing_shards, read_manifest, require_component
+from data_pipeline.manifest import (
+    Manifest,
+    missing_shards,
+    read_manifest,
+    require_a_shard,
+    require_component,
+)
 from trainer.checkpoint import complete_checkpoints
 from trainer.config import TrainConfig, add_arguments, load_config, resume_difference
 from trainer.encoder import initial_network, read_run_config
@@ -47,8 +53,11 @@ class Plan:
     online: Manifest | None = None
 
 
-def plan_run(config: TrainConfig, world_size: int) -> Plan:
+def plan_run(config: TrainConfig, world_size: int, rank: int = 0) -> Plan:
     """Checks the configuration against data, ranks and run directory.
+
+    Only rank 0, which says it, counts the shards that are missing: with all ranks of a large run
+    looking for thousands of files, a file server would be busy for minutes.
 
     Raises:
         InputError: what is wrong, where, and the remedy.
@@ -83,7 +92,7 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         run,
         bool(complete_checkpoints(run)),
         digest.hexdigest(),
-        tuple(_warnings(config, manifest)),
+        tuple(_warnings(config, manifest, rank)),
         _online_shards(config),
     )
     _check_run_directory(run, config, plan)
@@ -105,8 +114,10 @@ def _online_shards(config: TrainConfig) -> Manifest | None:
     return manifest
 
 
-def _warnings(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
-    if missing := missing_shards(manifest):
+def _warnings(config: TrainConfig, manifest: Manifest, rank: int) -> Iterator[str]:
+    if rank:
+        require_a_shard(manifest)
+    elif missing := missing_shards(manifest):
         yield missing
     bank, samples = config.bank, manifest.samples
     if bank.capacity >= samples / 2 and not bank.mask_same_image:

@@ -163,7 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with same_on_all_ranks():
             config = load_config(options.recipe, options.config, options.settings)
-            plan = plan_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            plan = plan_run(config, world_size, int(os.environ.get("RANK", "0")))
         hangs, limits = plan.run / "hangs", config.run
         seconds = (limits.timeout_seconds, limits.start_timeout_seconds)
         # the watchdog comes first, since it knows whom the others wait for
