@@ -194,11 +194,10 @@ def look_at(pid: int) -> Held | None:
             with contextlib.suppress(OSError):
                 target = os.readlink(f"/proc/{pid}/fd/{number}")
                 descriptors[_kind(target)] += 1
-                if target.startswith(_SHARED):
-                    segments.add(target.removeprefix(_SHARED))
+                segments.add(_segment(target))
     for line in _read(f"/proc/{pid}/maps").splitlines():
-        if _SHARED in line:
-            segments.add(line.partition(_SHARED)[2])
+        segments.add(_segment(line))
+    segments.discard("")
     threads: Counter[str] = Counter()
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -296,10 +295,14 @@ def _held_segments() -> set[str]:
     found = set()
     for name in os.listdir("/proc"):
         if name.isdigit():
-            for line in _read(f"/proc/{name}/maps").splitlines():
-                if _SHARED in line:
-                    found.add(line.partition(_SHARED)[2])
+            found |= {_segment(line) for line in _read(f"/proc/{name}/maps").splitlines()}
     return found
+
+
+def _segment(text: str) -> str:
+    """Name of the shared memory at the end of `text`; '' for files in folders that lie there."""
+    name = text.partition(_SHARED)[2]
+    return "" if "/" in name else name
 
 
 def _kind(target: str) -> str:
