@@ -15,6 +15,7 @@ import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
+from trainer.allocator import keep_freed_memory
 from trainer.checkpoint_writer import OtherRankFailed
 from trainer.clock import Clock
 from trainer.config import TrainConfig, add_arguments, load_config
@@ -176,6 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     if ranks.device.type == "cpu":
         torch.set_num_threads(config.run.threads or cores_per_rank())
+        keep_freed_memory()
     watchdog, stop = Watchdog(ranks, *seconds, hangs), StopRequest(plan.run, ranks)
     # a launcher's SIGTERM, which follows another rank's death, must not cut short the last words
     with watchdog, stop, _errors_told(ranks, watchdog), alone_in(plan.run, ranks):
