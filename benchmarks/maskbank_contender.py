@@ -36,9 +36,13 @@ _FOR_EVER = 1_000_000  # seconds; standing still between two windows is no fault
 
 
 class PacedState(TrainState):
-    """A step ends when the driver wants the next one; on rank 0, for which the others wait."""
+    """A step ends when the driver wants the next one; on rank 0, for which the others wait.
 
-    name, loader = "maskbank", "maskbank"
+    Attributes:
+        name, loader: told to the driver; an empty loader is the one that the configuration names.
+    """
+
+    name, loader = "maskbank", ""
     _paced: Paced | None = None
     _ended = False
     _loss: torch.Tensor | None = None
@@ -56,7 +60,8 @@ class PacedState(TrainState):
         self._finished = step + 1
         if self.ranks.is_main and not agreed.stop:
             if self._paced is None:
-                settings = describe(self.config, self.loader, self.prefetched())
+                loader = self.loader or _loader(self.config)
+                settings = describe(self.config, loader, self.prefetched())
                 self._paced = Paced(self.name, settings, self.save_encoder, _root())
             try:
                 loss = None if self._loss is None else float(self._loss)
@@ -126,7 +131,8 @@ def load_only(config: TrainConfig) -> None:
     def step() -> tuple[int, None]:
         return len(next(stream).sample_id), None
 
-    serve(step, "maskbank, loading alone", describe(config, "maskbank", _prefetched(config)))
+    described = describe(config, _loader(config), _prefetched(config))
+    serve(step, "maskbank, loading alone", described)
     stream.close()
 
 
@@ -139,7 +145,7 @@ def main() -> None:
     parser.add_argument("--loading", action="store_true")
     parser.add_argument("--directory", type=Path, help="of the run; a temporary one without it")
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(prefix="side_by_side-") as folder:
         directory = options.directory or Path(folder) / "run"
         if options.ranks > 1 and "RANK" not in os.environ:
@@ -160,6 +166,10 @@ def main() -> None:
 def _root() -> int:
     """torchrun, whose ranks are counted together; this process where there is one rank."""
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+
+
+def _loader(config: TrainConfig) -> str:
+    return f"maskbank, data.loader={config.data.loader}"
 
 
 def _prefetched(config: TrainConfig) -> int:

@@ -108,6 +108,13 @@ CONTENDERS = (
         **_OURS,
     ),
     Contender(
+        "maskbank-loading-dali",
+        what="the same with DALI",
+        arguments=("--loading", "data.loader=dali"),
+        task=LOADING,
+        **_OURS,
+    ),
+    Contender(
         "webdataset-loading",
         what="two views and masks, webdataset and PIL",
         arguments=("--loading",),
@@ -318,7 +325,7 @@ def script(
     parser.add_argument("--start-limit", type=float, default=600.0, help="seconds")
     parser.add_argument("--window-limit", type=float, default=900.0, help="seconds")
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     chosen = [
         contender
         for contender in CONTENDERS

@@ -14,19 +14,19 @@ from benchmarks.contender import claim_protocol, contender_arguments, serve
 SHARED_MB, OWN_MB, WORKER_SECONDS = 64, 32, 0.05
 
 
-def start_worker() -> tuple[int, int]:
+def start_worker(shared: mmap.mmap) -> tuple[int, int]:
     """A worker that holds memory of its own beside what it shares, and does not end by itself.
 
     Returns:
         Where to write for a piece of work, and where to read that it is done.
     """
-    shared = mmap.mmap(-1, SHARED_MB * 1024 * 1024)
     for _ in range(SHARED_MB):
         shared.write(b"s" * 1024 * 1024)
     (wanted, want), (finished, finish) = os.pipe(), os.pipe()
     if os.fork() == 0:
         shared.seek(0)
         own = shared.read(OWN_MB * 1024 * 1024)
+        assert all(shared.read(1024 * 1024) for _ in range(SHARED_MB - OWN_MB))
         while os.read(wanted, 1):
             start = time.process_time()
             while time.process_time() - start < WORKER_SECONDS:
@@ -41,7 +41,8 @@ def main(options: argparse.Namespace) -> None:
     print('{"steps": 7, "images": 7}')
     if options.behave == "fail":
         sys.exit("the network is not there")
-    want, finished = start_worker()
+    shared = mmap.mmap(-1, SHARED_MB * 1024 * 1024)
+    want, finished = start_worker(shared)
     steps = 0
 
     def step() -> tuple[int, float]:
@@ -55,7 +56,7 @@ def main(options: argparse.Namespace) -> None:
             time.sleep(600)
         return options.batch, 1 / steps
 
-    serve(step, "test", {"prefetched": 2})
+    serve(step, "test", {"prefetched": 2, "shared": len(shared)})
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def test_windows_count_images_work_of_workers_and_shared_memory_once(tmp_path: P
     for row in result.windows:
         assert row["cpu_seconds"] > 0.9 * 3 * WORKER_SECONDS
         held = row["peak_rss_mb"] * 1e6 / 1024**2
-        assert SHARED_MB + OWN_MB < held < 2 * SHARED_MB + OWN_MB
+        # and two interpreters; the shared memory for each process would be another 64
+        assert SHARED_MB + OWN_MB < held < 1.8 * SHARED_MB + OWN_MB
     assert "printed by a library" in (tmp_path / "logs/a.log").read_text()
 
 
