@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.contender import descendants
 
 _END_LIMIT = 60.0  # seconds for a contender to end by itself
+_KILL_LIMIT = 10.0  # seconds for the kernel to end what was killed
 
 
 class ContenderFailed(Exception):
@@ -85,15 +86,16 @@ class ContenderProcess:
         self._kill(descendants(self._process.pid))
 
     def _kill(self, members: Sequence[int]) -> None:
-        """Kills what is left of `members`, which may have sessions of their own."""
-        group = self._process.pid
-        if self._process.poll() is None:
-            for process in members:
-                with suppress(OSError):
-                    os.kill(process, signal.SIGKILL)
+        """Kills what is left of `members`, which may have sessions of their own, and waits."""
+        for process in filter(_lives, members):
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
         with suppress(OSError):
-            os.killpg(group, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        deadline = time.monotonic() + _KILL_LIMIT
+        while any(map(_lives, members)) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def _answer(self, key: str, limit: float) -> dict[str, Any]:
         deadline = time.monotonic() + limit
@@ -127,3 +129,12 @@ class ContenderProcess:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         said = lines[-1][:300] if lines else "it printed nothing"
         return f"ended with status {self._process.poll()}: {said}"
+
+
+def _lives(process: int) -> bool:
+    """Whether a process is there and more than an entry that nobody has waited for."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] not in "ZX"
