@@ -31,6 +31,31 @@ def test_trimmed_convolutions_equal_torchs_with_all_gradients(size: tuple[int, i
     assert outputs[0].std() > 0.01
 
 
+@pytest.mark.parametrize(("size", "rate"), [((12, 12), 4), ((13, 9), 2), ((5, 20), 4)])
+def test_16_bit_gradients_by_taps_equal_torchs(size: tuple[int, int], rate: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(32, 48, 3, padding=rate, dilation=rate, bias=False)
+    trimmed = nn.Sequential(copy.deepcopy(plain))
+    trim_dilated(trimmed)
+    images = torch.randn(3, 32, *size).contiguous(memory_format=torch.channels_last)
+    ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
+    weights = torch.randn(3, 48, *size)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = trimmed(ours), plain(theirs)
+    assert type(outputs[0].grad_fn).__name__ == "_ByTapsBackward"
+    for output in outputs:
+        (output.float() * weights).sum().backward()
+    assert (outputs[0] == outputs[1]).all()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    gradient = trimmed[0].weight.grad
+    scale = plain.weight.grad.abs().max()
+    assert (gradient - plain.weight.grad).abs().max() < 0.01 * scale
+    exact = torch.nn.grad.conv2d_weight(
+        images.bfloat16().double(), plain.weight.shape, weights.bfloat16().double(), 1, rate, rate
+    )
+    assert (gradient - exact).abs().max() < 0.005 * scale
+
+
 def test_trimming_takes_the_work_away() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -6,6 +6,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from trainer.atrous import trim_dilated
 from trainer.settings import BACKBONES, RESNETS, TIMM
 from trainer.timm_backbones import build_timm_backbone
 
@@ -52,6 +53,7 @@ class DenseResNet(nn.Module):
         self.relu, self.maxpool = resnet.relu, resnet.maxpool
         self.layer1, self.layer2 = resnet.layer1, resnet.layer2
         self.layer3, self.layer4 = resnet.layer3, resnet.layer4
+        trim_dilated(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
