@@ -15,6 +15,7 @@ import fnmatch
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -333,6 +334,8 @@ def script(
     ]
     if not chosen:
         parser.error(f"--only: there are {', '.join(contender.id for contender in CONTENDERS)}")
+    # a driver that is told to end still ends its contenders
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     data = find_data(options.root, options.shards, options.work)
     results = compare(chosen, data, options)
     if options.output is not None:
