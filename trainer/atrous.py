@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
 from trainer.specialise import specialise
 
@@ -89,9 +90,33 @@ def _narrow_on_cpu(input: Tensor) -> bool:
     return torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
+class _Pooling(ASPPPooling):
+    """The pyramid's image pooling, channels-last in both directions on CPUs.
+
+    torch's average pooling hands its gradient back the other way round; the other branches' ones
+    are added to it, and everything behind them then works on the slow layout. Of one feature,
+    bilinear upsampling is a copy.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu" or input.dtype == torch.float16:  # whose sums may overflow
+            return super().forward(input)
+        height, width = input.shape[2:]
+        pooled = input.sum((2, 3), keepdim=True) / (height * width)
+        for part in list(self)[1:]:
+            pooled = part(pooled)
+        everywhere = pooled.expand(-1, -1, height, width)
+        return everywhere.contiguous(memory_format=torch.channels_last)
+
+
 def trim_dilated(module: nn.Module) -> None:
-    """Makes every dilated 3×3 convolution in `module` pass over padding; names stay."""
+    """Makes every dilated 3×3 convolution in `module` pass over padding; names stay.
+
+    A DeepLabV3 pyramid's pooling is kept channels-last, too.
+    """
     for part in module.modules():
+        if type(part) is ASPPPooling:
+            specialise(part, _Pooling)
         if type(part) is nn.Conv2d and part.kernel_size == (3, 3) and min(part.dilation) > 1:
             assert part.padding == part.dilation
             assert (*part.stride, part.groups, part.bias) == (1, 1, 1, None)
