@@ -90,7 +90,7 @@ def _narrow_on_cpu(input: Tensor) -> bool:
     return torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
-class _Pooling(ASPPPooling):
+class _Pooling(ASPPPooling):  # type: ignore[misc]
     """The pyramid's image pooling, channels-last in both directions on CPUs.
 
     torch's average pooling hands its gradient back the other way round; the other branches' ones
@@ -100,7 +100,8 @@ class _Pooling(ASPPPooling):
 
     def forward(self, input: Tensor) -> Tensor:
         if input.device.type != "cpu" or input.dtype == torch.float16:  # whose sums may overflow
-            return super().forward(input)
+            plain: Tensor = super().forward(input)
+            return plain
         height, width = input.shape[2:]
         pooled = input.sum((2, 3), keepdim=True) / (height * width)
         for part in list(self)[1:]:
