@@ -19,7 +19,11 @@ def contend(options: argparse.Namespace) -> None:
     from benchmarks.plain_method import PlainMethod
 
     plain = PlainMethod(
-        options.root, size=options.size, batch_size=options.batch, workers=options.workers
+        options.root,
+        size=options.size,
+        batch_size=options.batch,
+        workers=options.workers,
+        steps=options.total_steps,
     )
     settings = {
         "network": "resnet18, DeepLabV3 head",
@@ -35,5 +39,9 @@ def contend(options: argparse.Namespace) -> None:
     serve(plain.step, "plain", settings, plain.save)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--total-steps", type=int, default=1500, help="of the schedule")
+
+
 if __name__ == "__main__":
-    script(__doc__, ["maskbank", "plain"], contend)
+    script(__doc__, ["maskbank", "plain"], contend, add_arguments)

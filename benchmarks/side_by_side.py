@@ -189,7 +189,7 @@ def _start(
     _say(f"starting {contender.id}")
     try:
         python = peer_python(contender.environment, contender.packages, options.environments)
-        command = [str(python), "-m", contender.module, *_arguments(contender, data, options)]
+        command = command_of(python, contender, data, options)
         log = options.work / "logs" / f"{contender.id}.log"
         process = ContenderProcess(command, log, options.start_limit)
     except (NotInstalled, ContenderFailed) as error:
@@ -198,16 +198,17 @@ def _start(
     running[contender.id], result.ready = process, process.ready
 
 
-def _arguments(
-    contender: Contender, data: ComparisonData, options: argparse.Namespace
+def command_of(
+    python: Path, contender: Contender, data: ComparisonData, options: argparse.Namespace
 ) -> list[str]:
-    size, batch = options.size, options.batch
+    """What starts a contender."""
+    start, size, batch = [str(python), "-m", contender.module], options.size, options.batch
     if contender.module == _MASKBANK:
         settings = (f"views.image_size={size}", f"data.batch_size={batch}", *options.settings)
-        return ["--shards", str(data.shards), *settings, *contender.arguments]
+        return [*start, "--shards", str(data.shards), *settings, *contender.arguments]
     where = [word for form in contender.needs for word in (f"--{form}", str(getattr(data, form)))]
     sizes = ["--size", str(size), "--batch", str(batch), "--workers", str(options.workers)]
-    return ["--contender", *where, *sizes, *contender.arguments]
+    return [*start, "--contender", *where, *sizes, *contender.arguments]
 
 
 def _window(result: Result, process: ContenderProcess, options: argparse.Namespace) -> None:
@@ -236,7 +237,7 @@ def _save(contender: Contender, process: ContenderProcess, options: argparse.Nam
 def table(results: Sequence[Result], data: ComparisonData, options: argparse.Namespace) -> str:
     """Markdown: where it was run, one table a task, and who runs on which versions."""
     lines = [
-        f"{_date()}, {_processor()}, {len(os.sched_getaffinity(0))} cores; {data.description}; "
+        f"{machine_line()}; {data.description}; "
         f"{options.size} pixels, batch {options.batch}; median (least–greatest) of "
         f"{options.rounds} interleaved rounds of {options.steps} steps ({_LOADING_STEPS} times as "
         "many of loading alone); × is against the first row, within a round",
@@ -345,6 +346,11 @@ def script(
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def machine_line() -> str:
+    """Date, processor and cores."""
+    return f"{_date()}, {_processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def _date() -> str:
