@@ -1,11 +1,12 @@
 """Everything that only a GPU can show, in one run: `python -m benchmarks.gpu_check`.
 
-The machine's ceilings; the one-pass loss against float64 and its time against its floor; where the
-time of a training step goes; mixed decoding against CPU decoding; training with both loaders, in
-both engines and every precision, going on from each other's checkpoints, on one GPU and on all of
-them; a rank that hangs; evaluations against the CPU's, and their speed. `--only losses,decoding`
-runs these sections alone. What a section found is printed and written into `benchmarks/results/`
-when it ends. Without a GPU it says so and ends with status 0.
+The machine's ceilings; the one-pass loss against float64 and its time against its floor; upsampled
+pixels and the head against float64; where the time of a training step goes; mixed decoding against
+CPU decoding; training with both loaders, in both engines and every precision, going on from each
+other's checkpoints, on one GPU and on all of them; a rank that hangs; evaluations against the
+CPU's, and their speed. `--only losses,decoding` runs these sections alone. What a section found is
+printed and written into `benchmarks/results/` when it ends. Without a GPU it says so and ends with
+status 0.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_evaluation, gpu_loss, gpu_runs, gpu_step
+from benchmarks import gpu_evaluation, gpu_loss, gpu_pixels, gpu_runs, gpu_step
 from benchmarks.gpu_loss import DEVICE, Rates, Row, measure_rates
 from data_pipeline.build_config import BuildConfig, BuildOptions
 from data_pipeline.manifest import Manifest
@@ -42,6 +43,7 @@ def sections(folder: Path) -> dict[str, Section]:
     found: dict[str, Section] = {
         "ceilings": lambda: gpu_loss.ceilings(rates()),
         "losses": gpu_loss.losses,
+        "pixels": gpu_pixels.pixels,
         "loss_speed": lambda: gpu_loss.loss_speed(rates()),
         "step": lambda: gpu_step.step_parts(data(), folder, rates()),
         "variants": lambda: gpu_step.variants(data(), folder),

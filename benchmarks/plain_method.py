@@ -1,7 +1,7 @@
 """The published method written out plainly: what maskbank's training is compared with.
 
 PIL and a DataLoader, embeddings at full resolution, a replicated queue, dense logits, float32: as
-one would write down the paper (Van Gansbeke et al., ICCV 2021, sections 3 and 4.1), with the paper's
+one would write down the paper (Van Gansbeke et al., ICCV 2021, sections 3 and 4.1), with its
 objective and augmentation and none of maskbank's code. It stands in for released implementations.
 """
 
