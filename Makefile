@@ -11,7 +11,7 @@ help:
 	@echo "make test   the whole test suite"
 	@echo "make check  lint, types and the fast tests, in under two minutes"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  every benchmark, into benchmarks/results/"
+	@echo "make bench  every benchmark and the plots, into runs/bench/ (hours); ROOT=, SHARDS=, LABELLED="
 
 # The stamp depends on what is installed, so that an unchanged clone installs nothing twice.
 $(VENV)/.installed: setup.cfg pyproject.toml
@@ -34,7 +34,9 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'matplotlib>=3.7'
+	$(BIN)/python -m benchmarks $(if $(ROOT),--root $(ROOT)) $(if $(SHARDS),--shards $(SHARDS)) \
+		$(if $(LABELLED),--labelled $(LABELLED))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

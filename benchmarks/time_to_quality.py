@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=20)
     parser.add_argument("--only", default="maskbank,plain")
     parser.add_argument("--work", type=Path, default=Path("runs/time_to_quality"))
+    parser.add_argument("--output", type=Path, help="JSON lines")
     parser.add_argument("--environments", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--batch", type=int, default=32)
@@ -185,7 +186,7 @@ def main() -> None:
         for one in trained
         for (step, foreground), found in one.scores.items()
     ]
-    output = options.work / "time_to_quality.jsonl"
+    output = options.output or options.work / "time_to_quality.jsonl"
     output.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(table(trained, options))
 
