@@ -91,7 +91,7 @@ def _narrow_on_cpu(input: Tensor) -> bool:
 
 
 class _Pooling(ASPPPooling):  # type: ignore[misc]
-    """The pyramid's image pooling, channels-last in both directions on CPUs.
+    """The pyramid's image pooling, channels-last in both directions.
 
     torch's average pooling hands its gradient back the other way round; the other branches' ones
     are added to it, and everything behind them then works on the slow layout. Of one feature,
@@ -99,11 +99,12 @@ class _Pooling(ASPPPooling):  # type: ignore[misc]
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or input.dtype == torch.float16:  # whose sums may overflow
+        if input.dtype == torch.float16:  # whose sums may overflow
             plain: Tensor = super().forward(input)
             return plain
         height, width = input.shape[2:]
-        pooled = input.sum((2, 3), keepdim=True) / (height * width)
+        with torch.autocast(input.device.type, enabled=False):  # it would copy the input to float32
+            pooled = input.sum((2, 3), keepdim=True) / (height * width)
         for part in list(self)[1:]:
             pooled = part(pooled)
         everywhere = pooled.expand(-1, -1, height, width)
