@@ -177,6 +177,8 @@ class RecordFile:
     def key(self, sample: int) -> str:
         """The sample's key; RecordsUnusable where it is damaged."""
         offset, size, crc, _ = self._fields(sample)[16:]
+        if offset + size > self._header.key_bytes:  # a stranger's file must not ask for gigabytes
+            raise RecordsUnusable(f"has a record that cannot be ({sample})")
         data = self._read(size, self._header.keys_start + offset)
         if zlib.crc32(data) != crc:
             raise RecordsUnusable(f"has a damaged key ({sample})")
