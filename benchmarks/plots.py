@@ -64,12 +64,12 @@ def plot_quality(rows: list[dict[str, Any]], output: Path) -> None:
         means = [row["miou"]["mean"] for row in own]
         spread = [row["miou"]["std"] for row in own]
         minutes = [row["seconds"] / 60 for row in own]
-        axis.errorbar(minutes, means, spread, color=colour, marker="o", capsize=3)
-        if own:
-            axis.annotate(_TITLES[name], (minutes[-1], means[-1]), (6, -3), None, "offset points")
+        label = _TITLES[name]
+        axis.errorbar(minutes, means, spread, color=colour, marker="o", capsize=3, label=label)
+    axis.legend(loc="lower right", frameon=False)
     axis.set_xlabel("minutes of training")
     axis.set_ylabel("K-means mIoU")
-    axis.margins(x=0.25)
+    axis.set_xlim(left=0)
     figure.suptitle("The same steps, the same batches' size, the same schedule")
     _save(figure, output)
 
