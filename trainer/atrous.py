@@ -99,7 +99,8 @@ class _Pooling(ASPPPooling):  # type: ignore[misc]
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype == torch.float16:  # whose sums may overflow
+        # sums of float16 may overflow; and an export keeps to torch's own modules
+        if input.dtype == torch.float16 or torch.compiler.is_compiling():
             plain: Tensor = super().forward(input)
             return plain
         height, width = input.shape[2:]
