@@ -1,6 +1,7 @@
 """What holds for all tests: one thread of torch, Ctrl-C as a terminal sends it, and their order."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,13 @@ LONGEST = (
     *("test_doctor_ranks", "test_engines", "test_memory_bank", "test_elastic"),
     *("test_activation_checkpointing", "test_masks_make", "test_backbones"),
 )
+
+
+@pytest.fixture(autouse=True)
+def threads_stay_one() -> Iterator[None]:
+    """No test leaves its threads to the next one: sums over two round in another order."""
+    yield
+    torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
