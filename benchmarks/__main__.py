@@ -15,7 +15,7 @@ from pathlib import Path
 # imported by others; contenders, which `side_by_side` starts; and what comes last
 _PARTS = {
     *("comparison_data", "contender", "contender_process", "dilated_resnet", "environments"),
-    *("maskbank_contender", "nodes", "plain_method", "plots"),
+    *("floors", "maskbank_contender", "nodes", "plain_method", "plots"),
 }
 SCRIPTS = sorted(
     path.stem

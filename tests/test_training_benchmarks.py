@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import roofline, scaling, steady_state
+from benchmarks import floors, roofline, scaling, steady_state
 from benchmarks._watch import command_line, watch
 from tests.ranks import PRELOADED
 from tests.sample_data import build_scene_shards
@@ -30,7 +30,10 @@ LEAKS = """
         held.append((os.urandom(4_000_000), open("/dev/null")))
         rows.write(json.dumps({"step": step}) + "\\n")
         rows.flush()
-        time.sleep(0.15)
+        looks = run.with_name("looks")
+        seen = looks.stat().st_size
+        while looks.stat().st_size < seen + 4:  # a sample and the mappings, however slow
+            time.sleep(0.01)
     socket.socket(socket.AF_UNIX).bind(str(run / "listens"))
     Path(os.environ["TMPDIR"], "forgotten").touch()
 """
@@ -43,12 +46,19 @@ def test_what_grows_and_what_stays_behind_is_found(tmp_path: Path) -> None:
     run.mkdir()
     temporary.mkdir()
     script.write_text(textwrap.dedent(LEAKS))
+    (tmp_path / "looks").touch()
     name = f"maskbank-test-{os.getpid()}"
     command = [sys.executable, "-m", "launch.ranks", "--standalone", "--no-python"]
 
     def role(pid: int) -> str:
         words = command_line(pid)
-        return "launcher" if "launch.ranks" in words else "rank" if str(script) in words else "o"
+        if "launch.ranks" in words:
+            return "launcher"
+        if str(script) not in words:
+            return "other"
+        with (tmp_path / "looks").open("a") as looks:  # that the program may go on
+            looks.write(".")
+        return "rank"
 
     try:
         watched = watch(
@@ -127,10 +137,10 @@ def test_a_rank_that_ends_is_no_hang(shards: Path, tmp_path: Path) -> None:
 
 def test_operations_and_bytes_of_products() -> None:
     """A convolution forward and backward, and a product; as torch's own counter has it."""
-    work = roofline.Work("")
+    work = floors.Work("")
     layer = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False)
     images = torch.randn(2, 3, 10, 12)
-    with FlopCounterMode(display=False) as torchs, roofline.Products(work):
+    with FlopCounterMode(display=False) as torchs, floors.Products(work):
         with torch.autocast("cpu", torch.bfloat16):
             output = layer(images)
         forward, size = work.flops[torch.bfloat16], work.bytes
@@ -146,25 +156,25 @@ def test_operations_and_bytes_of_products() -> None:
 
 
 def test_operations_of_attention_to_the_bank() -> None:
-    work = roofline.Work("")
-    with roofline.Products(work):
+    work = floors.Work("")
+    with floors.Products(work):
         attend(torch.randn(50, 8), torch.randn(300, 8), 1.0)
     assert work.flops == {torch.float32: 2 * 2 * 50 * 300 * 8}
 
 
 def test_the_larger_floor_counts() -> None:
-    machine = roofline.Machine(torch.device("cpu"), 0.001)
-    measured = roofline.Machine(torch.device("cpu"), 0.001)
+    machine = floors.Machine(torch.device("cpu"), 0.001)
+    measured = floors.Machine(torch.device("cpu"), 0.001)
     assert measured.copy_rate(5000) > 1e6
     assert measured.copy_rate(8192) == measured.copy_rate(5000)
     for dtype, rate in ((torch.float32, 1e9), (torch.bfloat16, 4e9)):
         for side in (1024, 2048, 8):
             machine.products[dtype, (side, side, side)] = rate / (1 if side == 8 else 2)
     machine._copies[1 << 20] = 1e8
-    work = roofline.Work("", bytes=1_000_000)
-    assert roofline.floor(work, machine) == (pytest.approx(0.01), "bytes")
+    work = floors.Work("", bytes=1_000_000)
+    assert floors.floor(work, machine) == (pytest.approx(0.01), "bytes")
     work.flops.update({torch.float32: 9_000_000, torch.bfloat16: 8_000_000})
-    assert roofline.floor(work, machine) == (pytest.approx(0.011), "products, float32")
+    assert floors.floor(work, machine) == (pytest.approx(0.011), "products, float32")
 
 
 @pytest.mark.slow
@@ -198,7 +208,7 @@ def test_every_part_of_a_step_has_a_time_and_a_floor(tmp_path: Path) -> None:
     assert 2 * 4 * 32 * 32 * 13 < decoded < 2 * 4 * 32 * 32 * 13 + 4 * 100 * 100 * 4
     rows = {
         row["part"]: row
-        for row in roofline.rows_of(parts, roofline.Machine(torch.device("cpu"), 0.001))
+        for row in roofline.rows_of(parts, floors.Machine(torch.device("cpu"), 0.001))
     }
     assert rows["backward"]["share"] == pytest.approx(
         rows["backward"]["floor_ms"] / statistics.median(rows["backward"]["ms"])
