@@ -83,6 +83,12 @@ CONTENDERS = (
         arguments=("run.precision=float32",),
         **_OURS,
     ),
+    Contender(
+        "maskbank-stride8",
+        what="the same in bf16, its loss on a pixel of each 8×8",
+        arguments=("loss.pixel_stride=8",),
+        **_OURS,
+    ),
     Contender("plain", "benchmarks.compare_plain", "the published method written out, float32"),
     Contender("lightly", what="lightly's DenseCL, no decoder, float32", **_LIGHTLYS),
     Contender(

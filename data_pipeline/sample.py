@@ -32,6 +32,7 @@ from data_pipeline.mask_files import (
 from data_pipeline.pictures import (
     MAX_PIXELS,
     decode_plain_jpeg,
+    decode_plain_png,
     encode_png,
     open_checked,
     open_image,
@@ -184,6 +185,9 @@ def decode_rgb(data: bytes) -> UInt8:
 
 def decode_grey(data: bytes, stage: str) -> UInt8:
     """Decodes a mask or label component of a shard to uint8 [H, W]."""
+    values = decode_plain_png(data)
+    if values is not None:
+        return values
     image = open_image(data, stage, ("PNG",))
     if image.mode != "L":
         raise SampleError(stage, f"is {image.mode}, not 8-bit grey as shards hold it")

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError, SampleError
@@ -21,6 +20,7 @@ from data_pipeline.fetch import FetchedSample
 from data_pipeline.sample import IGNORE, UInt8, decode_rgb
 from data_pipeline.views import GREY_WEIGHTS, IMAGENET_MEAN, IMAGENET_STD, View, colour_matrix
 
+_resize = torch.ops.aten._upsample_bilinear2d_aa.out  # bilinear, with antialiasing
 _MEAN, _STD = 255 * np.array(IMAGENET_MEAN), 255 * np.array(IMAGENET_STD)
 
 
@@ -67,7 +67,7 @@ class TorchLoader:
             ) from None
         scratch = getattr(self._local, "scratch", None)
         if scratch is None:  # allocating it for each view would cost more than filling it
-            scratch = self._local.scratch = torch.empty((self.image_size**2, 3))
+            scratch = self._local.scratch = Scratch(self.image_size)
         for view, image, mask, valid in zip(
             sample.views, images, masks.numpy(), sample.valid, strict=True
         ):
@@ -75,33 +75,54 @@ class TorchLoader:
             mask[...] = crop_mask(sample.mask, view, len(mask)) if valid else IGNORE
 
 
-def augment_image(pixels: UInt8, view: View, scratch: Tensor, output: Tensor) -> None:
+class Scratch:
+    """Memory that a thread works in, view after view, and what is the same for all views.
+
+    Args:
+        size: side S of the views, pixels.
+
+    Attributes:
+        resized: uint8 [1, 3, S, S], channels-last: torch's resize then packs nothing.
+        pixels: float32 [S·S, 3].
+        grey: float32 [3·S], weights of a row whose sum is that of its grey values.
+        lowest, highest: float32 [3·S], a row of black and of white, normalised.
+    """
+
+    def __init__(self, size: int) -> None:
+        layout = torch.channels_last
+        self.resized = torch.empty((1, 3, size, size), dtype=torch.uint8, memory_format=layout)
+        self.pixels = torch.empty((size * size, 3))
+        self.grey = _float(np.tile(GREY_WEIGHTS, size))
+        self.lowest = _float(np.tile(-_MEAN / _STD, size))
+        self.highest = _float(np.tile((255 - _MEAN) / _STD, size))
+
+
+def augment_image(pixels: UInt8, view: View, scratch: Scratch, output: Tensor) -> None:
     """Crop, resize, colour, flip, normalise.
 
     Args:
         pixels: uint8 [H, W, 3].
         view: with one window.
-        scratch: float32 [S·S, 3], overwritten.
+        scratch: of the same side S; overwritten.
         output: float32 [S, S, 3], contiguous, where the view goes.
     """
     size = len(output)
     top, left, height, width = view.windows[0].tolist()
     crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
-    # torch resizes 8-bit images with vector instructions where they are channels-last
     planes = torch.from_numpy(crop).permute(2, 0, 1)[None]
-    planes = planes.contiguous(memory_format=torch.channels_last)
-    resized = F.interpolate(planes, (size, size), mode="bilinear", antialias=True)[0]
+    # F.interpolate's own kernel: with a result of its own making it would be planar
+    resized: Tensor = _resize(planes, [size, size], False, out=scratch.resized)
     if view.flip:
         resized = resized.flip(-1)
-    scratch.copy_(resized.permute(1, 2, 0).reshape(-1, 3))
+    scratch.pixels.copy_(resized[0].permute(1, 2, 0).reshape(-1, 3))
     # rows of S pixels keep the vector units full where rows of 3 numbers would not
-    mean = scratch.view(size, 3 * size).sum(0).view(size, 3).sum(0).double().numpy() / len(scratch)
+    rows = scratch.pixels.view(size, 3 * size)
+    mean = float(torch.mv(rows, scratch.grey).sum()) / size**2
     matrix, grey_gain = colour_matrix(view)
-    offset = grey_gain * (mean @ GREY_WEIGHTS) - _MEAN
-    torch.mm(scratch, _float((matrix / _STD[:, None]).T), out=output.view(-1, 3))
+    torch.mm(scratch.pixels, _float((matrix / _STD[:, None]).T), out=output.view(-1, 3))
     rows = output.view(size, 3 * size)
-    rows.add_(_float(np.tile(offset / _STD, size)))
-    rows.clamp_(_float(np.tile(-_MEAN / _STD, size)), _float(np.tile((255 - _MEAN) / _STD, size)))
+    rows.add_(_float(np.tile((grey_gain * mean - _MEAN) / _STD, size)))
+    rows.clamp_(scratch.lowest, scratch.highest)
 
 
 def crop_mask(mask: UInt8, view: View, size: int) -> UInt8:
@@ -114,7 +135,8 @@ def crop_mask(mask: UInt8, view: View, size: int) -> UInt8:
     )
     if view.flip:
         columns = columns[::-1]
-    cropped: UInt8 = mask[top + rows].take(left + columns, axis=1)
+    # all are inside: "clip" only spares their check
+    cropped: UInt8 = mask.take(top + rows, 0, mode="clip").take(left + columns, 1, mode="clip")
     return cropped
 
 

@@ -7,6 +7,7 @@ Nothing is drawn anywhere else; both loaders only apply what stands here.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,8 +99,12 @@ def draw_views(
     seed: int, epoch: int, position: int, height: int, width: int, config: ViewConfig
 ) -> tuple[View, View]:
     """The query and the key view of the sample at `position` of `epoch`, an image of that size."""
-    draw = generator(seed, _VIEWS, epoch, position)
-    return _draw_view(draw, height, width, config), _draw_view(draw, height, width, config)
+    # as many draws for every view, whatever comes out
+    crops = 4 * config.candidates
+    uniform = generator(seed, _VIEWS, epoch, position).random((2, crops + 7))
+    windows = _draw_windows(uniform[:, :crops].reshape(2, -1, 4), height, width, config)
+    query, key = map(partial(_make_view, config), windows, uniform[:, crops:].tolist())
+    return query, key
 
 
 def choose_window(mask: UInt8, view: View, config: ViewConfig) -> tuple[NDArray[np.int32], bool]:
@@ -133,7 +138,7 @@ def colour_matrix(view: View) -> tuple[NDArray[np.float64], float]:
         [[1, 0, 0], [0, math.cos(angle), math.sin(angle)], [0, -math.sin(angle), math.cos(angle)]]
     )
     chroma = np.diag([1.0, view.saturation, view.saturation])
-    matrix = np.linalg.inv(_RGB_TO_YIQ) @ turn @ chroma @ _RGB_TO_YIQ
+    matrix = _YIQ_TO_RGB @ turn @ chroma @ _RGB_TO_YIQ
     gain = view.brightness * view.contrast
     return gain * matrix, view.brightness * (1 - view.contrast)
 
@@ -146,12 +151,12 @@ def proposals_in(mask: UInt8) -> NDArray[np.int64]:
 
 # NTSC, the matrix of DALI's color_twist
 _RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+_YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
 
 
-def _draw_view(draw: np.random.Generator, height: int, width: int, config: ViewConfig) -> View:
-    """Always takes the same number of draws, whatever comes out."""
-    windows = _draw_windows(draw.random((config.candidates, 4)), height, width, config)
-    jitter, grey, flip, *factors = draw.random(7).tolist()
+def _make_view(config: ViewConfig, windows: NDArray[np.int32], uniform: list[float]) -> View:
+    """A view of these windows and seven uniforms."""
+    jitter, grey, flip, *factors = uniform
     brightness, contrast, saturation, hue = (2 * factor - 1 for factor in factors)
     if jitter >= config.jitter_probability:
         brightness = contrast = saturation = hue = 0.0
@@ -167,19 +172,23 @@ def _draw_view(draw: np.random.Generator, height: int, width: int, config: ViewC
 
 def _draw_windows(
     uniform: NDArray[np.float64], height: int, width: int, config: ViewConfig
-) -> NDArray[np.int32]:
-    """Random resized crops from uniforms [n, 4]; torchvision's, its centre crop at the end."""
-    scale = config.min_scale + (config.max_scale - config.min_scale) * uniform[:, 0]
+) -> list[NDArray[np.int32]]:
+    """Random resized crops of each view from uniforms [views, n, 4], as int32 [1…n + 1, 4].
+
+    torchvision's: what does not fit is left out, and a centre crop comes at the end.
+    """
+    scale = config.min_scale + (config.max_scale - config.min_scale) * uniform[..., 0]
     low, high = math.log(config.min_ratio), math.log(config.max_ratio)
-    ratio = np.exp(low + (high - low) * uniform[:, 1])
+    ratio = np.exp(low + (high - low) * uniform[..., 1])
     area = height * width * scale
     widths = np.maximum(1, np.rint(np.sqrt(area * ratio))).astype(np.int32)
     heights = np.maximum(1, np.rint(np.sqrt(area / ratio))).astype(np.int32)
     fits = (widths <= width) & (heights <= height)
-    tops = (uniform[:, 2] * (height - heights + 1)).astype(np.int32)
-    lefts = (uniform[:, 3] * (width - widths + 1)).astype(np.int32)
-    fallback = _centre_crop(height, width, config)
-    return np.vstack([np.stack([tops, lefts, heights, widths], 1)[fits], fallback]).astype(np.int32)
+    tops = (uniform[..., 2] * (height - heights + 1)).astype(np.int32)
+    lefts = (uniform[..., 3] * (width - widths + 1)).astype(np.int32)
+    windows = np.stack([tops, lefts, heights, widths], -1)
+    fallback = np.array([_centre_crop(height, width, config)], np.int32)
+    return [np.concatenate([w[fit], fallback]) for w, fit in zip(windows, fits, strict=True)]
 
 
 def _centre_crop(height: int, width: int, config: ViewConfig) -> tuple[int, int, int, int]:

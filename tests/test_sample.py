@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.errors import SampleError
+from data_pipeline.pictures import decode_plain_png
 from data_pipeline.sample import (
     MASK,
     MAX_PIXELS,
@@ -404,6 +405,59 @@ def test_decode_grey_refuses_what_no_shard_holds() -> None:
         decode_grey(encode(picture()), "mask")
     with pytest.raises(SampleError, match="cannot be decoded"):
         decode_grey(encode(object_mask(), "GIF"), "mask")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (301, 1), (180, 241)])
+def test_masks_as_shards_hold_them_are_decoded_as_pillow_does(size: tuple[int, int]) -> None:
+    values = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    data = encode_png(values)
+    found = decode_plain_png(data)
+    assert found is not None
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.asarray(Image.open(io.BytesIO(data))))
+    np.testing.assert_array_equal(found, values)
+
+
+def png(header: bytes, data: bytes) -> bytes:
+    chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+
+
+def grey(height: int, width: int, *form: int) -> bytes:
+    return struct.pack(">IIBBBBB", width, height, *(form or (8, 0, 0, 0, 0)))
+
+
+ROWS = zlib.compress(b"\2\1\1\1\2\1\1\1")  # two of three pixels, differences to the row above
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        encode(object_mask()),  # its rows are filtered in another way
+        palette_png(object_mask()),
+        encode_png(object_mask().astype(np.uint16)),
+        encode(picture()),
+        encode_png(object_mask())[:-20],
+        encode_png(object_mask())[:60] + b"x" + encode_png(object_mask())[61:],
+        png(grey(2, 3, 8, 0, 0, 0, 1), ROWS),  # interlaced
+        png(grey(2, 3, 4, 0, 0, 0, 0), ROWS),
+        png(grey(2, 3) + b"x", ROWS),
+        png(grey(3, 3), ROWS),  # one row is missing
+        png(grey(1, 3), ROWS),  # one too many
+        png(grey(2, 3), ROWS[:-1]),  # without the end of its checksum
+        png(grey(0, 3), ROWS),
+        png(grey(10_001, 10_000), ROWS),
+        png(grey(2, 3), zlib.compress(bytes(1_000_000))),
+        png(grey(2, 3), zlib.compress(b"\2\1\1\1\1\1\1\1")),  # a row's filter is another one
+    ],
+)
+def test_all_other_pngs_are_left_to_pillow(data: bytes) -> None:
+    assert decode_plain_png(png(grey(2, 3), ROWS)) is not None
+    assert decode_plain_png(data) is None
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
