@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.order import SampleOrder
+from data_pipeline.pieces import map_in_pieces
 from data_pipeline.reader import SampleReader
 from data_pipeline.sample import IGNORE, MASK, UInt8, decode_grey
 from data_pipeline.views import View, ViewConfig, choose_window, draw_views
@@ -76,6 +77,7 @@ class Fetcher:
         self.invalid_views = 0
         self._reported: set[str] = set()
         self._lock = threading.Lock()
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._next_shards: list[int] = []
@@ -88,8 +90,10 @@ class Fetcher:
         """
         shards, samples = self.order.locate(positions)
         self._read_ahead(int(positions[-1]))
-        places = zip(positions.tolist(), shards.tolist(), samples.tolist(), strict=True)
-        fetched = list(self._pool.map(lambda place: self._fetch_one(*place), places))
+        places = list(zip(positions.tolist(), shards.tolist(), samples.tolist(), strict=True))
+        fetched = map_in_pieces(
+            self._pool, self._threads, lambda place: self._fetch_one(*place), places
+        )
         self.invalid_views += sum(not valid for sample in fetched for valid in sample.valid)
         return fetched
 

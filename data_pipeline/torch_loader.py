@@ -17,6 +17,7 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.fetch import FetchedSample
+from data_pipeline.pieces import map_in_pieces
 from data_pipeline.sample import IGNORE, UInt8, decode_rgb
 from data_pipeline.views import GREY_WEIGHTS, IMAGENET_MEAN, IMAGENET_STD, View, colour_matrix
 
@@ -36,6 +37,7 @@ class TorchLoader:
     def __init__(self, image_size: int, threads: int, device: torch.device) -> None:
         self.image_size = image_size
         self.device = device
+        self._threads = threads
         self._pool = single_threaded_pool(threads)
         self._local = threading.local()
 
@@ -45,10 +47,11 @@ class TorchLoader:
         # images lie as [B, S, S, 3], so that the permuted view is channels-last without a copy
         images = torch.empty((2, len(samples), size, size, 3), pin_memory=pinned)
         masks = torch.empty((2, len(samples), size, size), dtype=torch.uint8, pin_memory=pinned)
-        list(
-            self._pool.map(
-                lambda n: self._load_one(samples[n], images[:, n], masks[:, n]), range(len(samples))
-            )
+        map_in_pieces(
+            self._pool,
+            self._threads,
+            lambda n: self._load_one(samples[n], images[:, n], masks[:, n]),
+            range(len(samples)),
         )
         sample_ids = torch.tensor([sample.sample_id for sample in samples])
         query, key = images.permute(0, 1, 4, 2, 3)
@@ -83,7 +86,9 @@ class Scratch:
 
     Attributes:
         resized: uint8 [1, 3, S, S], channels-last: torch's resize then packs nothing.
-        pixels: float32 [S·S, 3].
+        image: uint8 [S, S, 3], the same memory.
+        pixels: float32 [S, S, 3].
+        triples, rows: the same memory as [S·S, 3] and as [S, 3·S].
         grey: float32 [3·S], weights of a row whose sum is that of its grey values.
         lowest, highest: float32 [3·S], a row of black and of white, normalised.
     """
@@ -91,7 +96,9 @@ class Scratch:
     def __init__(self, size: int) -> None:
         layout = torch.channels_last
         self.resized = torch.empty((1, 3, size, size), dtype=torch.uint8, memory_format=layout)
-        self.pixels = torch.empty((size * size, 3))
+        self.image = self.resized[0].permute(1, 2, 0)
+        self.pixels = torch.empty((size, size, 3))
+        self.triples, self.rows = self.pixels.view(-1, 3), self.pixels.view(size, -1)
         self.grey = _float(np.tile(GREY_WEIGHTS, size))
         self.lowest = _float(np.tile(-_MEAN / _STD, size))
         self.highest = _float(np.tile((255 - _MEAN) / _STD, size))
@@ -99,6 +106,8 @@ class Scratch:
 
 def augment_image(pixels: UInt8, view: View, scratch: Scratch, output: Tensor) -> None:
     """Crop, resize, colour, flip, normalise.
+
+    Calls of torch are few: each lets the other threads in, which costs as much as a small one.
 
     Args:
         pixels: uint8 [H, W, 3].
@@ -109,18 +118,15 @@ def augment_image(pixels: UInt8, view: View, scratch: Scratch, output: Tensor) -
     size = len(output)
     top, left, height, width = view.windows[0].tolist()
     crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
-    planes = torch.from_numpy(crop).permute(2, 0, 1)[None]
-    # F.interpolate's own kernel: with a result of its own making it would be planar
-    resized: Tensor = _resize(planes, [size, size], False, out=scratch.resized)
-    if view.flip:
-        resized = resized.flip(-1)
-    scratch.pixels.copy_(resized[0].permute(1, 2, 0).reshape(-1, 3))
-    # rows of S pixels keep the vector units full where rows of 3 numbers would not
-    rows = scratch.pixels.view(size, 3 * size)
-    mean = float(torch.mv(rows, scratch.grey).sum()) / size**2
+    # F.interpolate's own kernel; it gives its result a planar layout if it makes one itself
+    planes = torch.from_numpy(crop.transpose(2, 0, 1)[None])
+    _resize(planes, [size, size], False, out=scratch.resized)
+    scratch.pixels.copy_(scratch.image.flip(1) if view.flip else scratch.image)
+    mean = float(torch.mv(scratch.rows, scratch.grey).sum()) / size**2
     matrix, grey_gain = colour_matrix(view)
-    torch.mm(scratch.pixels, _float((matrix / _STD[:, None]).T), out=output.view(-1, 3))
-    rows = output.view(size, 3 * size)
+    torch.mm(scratch.triples, _float((matrix / _STD[:, None]).T), out=output.view(-1, 3))
+    # rows of S pixels keep the vector units full where rows of 3 numbers would not
+    rows = output.view(size, -1)
     rows.add_(_float(np.tile((grey_gain * mean - _MEAN) / _STD, size)))
     rows.clamp_(scratch.lowest, scratch.highest)
 
