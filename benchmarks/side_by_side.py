@@ -47,6 +47,7 @@ class Contender:
         environment, packages: of a peer, see `peer_python`.
         needs: forms of the data that it reads.
         saves: what the file of its encoder is called, after the id.
+        saliency: whether its encoder predicts one.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Contender:
     packages: tuple[str, ...] = ()
     needs: tuple[str, ...] = ("root",)
     saves: str = ".pt"
+    saliency: bool = True
 
 
 _MASKBANK, _LIGHTLY = "benchmarks.maskbank_contender", "benchmarks.compare_lightly"
@@ -67,6 +69,7 @@ _LIGHTLYS: dict[str, Any] = {
     "module": _LIGHTLY,
     "environment": "lightly",
     "packages": ("lightly>=1.5",),
+    "saliency": False,
 }
 _WEBDATASETS: dict[str, Any] = {
     "module": _WEBDATASET,
@@ -106,6 +109,7 @@ CONTENDERS = (
         "torchvision",
         "benchmarks.compare_torchvision",
         "supervised reference loop of torchvision, one view, float32",
+        saliency=False,
     ),
     Contender(
         "maskbank-loading",

@@ -8,8 +8,8 @@ each with its schedule over those steps, in windows of --window steps by turns, 
 machine does happens to all of them; only time inside a contender's windows counts as its own. Every
 --every steps its encoder is saved. In the end each is scored on the labelled shards with K-means as
 `benchmarks.stamps20` scores: on the saliency that it predicts, and the last one on the given masks,
-too, which is all that peers without saliency can be scored on. The time to equal quality is that of
-maskbank's first score that reaches plain's last.
+too, which are all that peers without saliency can be scored on. The time to equal quality is that
+of maskbank's first score that reaches plain's last.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from typing import Any
 
 from benchmarks.comparison_data import find_data
 from benchmarks.contender import WARM_UP
-from benchmarks.contender_process import ContenderProcess
-from benchmarks.environments import DEFAULT_FOLDER, peer_python
+from benchmarks.contender_process import ContenderFailed, ContenderProcess
+from benchmarks.environments import DEFAULT_FOLDER, NotInstalled, peer_python
 from benchmarks.side_by_side import CONTENDERS, Contender, command_of, machine_line
 from benchmarks.stamps20 import KMEANS
 
@@ -103,14 +103,11 @@ def score(file: Path, foreground: str, options: argparse.Namespace) -> dict[str,
 
 def score_all(trained: list[Trained], options: argparse.Namespace) -> None:
     for one in trained:
+        own = "probability" if one.contender.saliency else "mask"
         for step, file in one.saved.items():
-            has_saliency = one.contender.id.partition("-")[0] in ("maskbank", "plain")
             last = step == max(one.saved)
-            for foreground in ("probability", "mask"):
-                if (foreground == "probability" and has_saliency) or (
-                    foreground == "mask" and last
-                ):
-                    one.scores[step, foreground] = score(file, foreground, options)
+            for foreground in dict.fromkeys((own, "mask") if last else (own,)):
+                one.scores[step, foreground] = score(file, foreground, options)
 
 
 def table(trained: list[Trained], options: argparse.Namespace) -> str:
@@ -173,11 +170,16 @@ def main() -> None:
     if options.root is None or options.labelled is None:
         print("skipped: it takes most of an hour; give --root, --shards and --labelled")
         return
+    if options.window <= WARM_UP or options.steps % options.window:
+        parser.error(f"--window must be above {WARM_UP} and divide --steps")
     options.settings = [f"run.steps={options.steps}"]
     wanted = options.only.split(",")
     contenders = [contender for contender in CONTENDERS if contender.id in wanted]
     options.work.mkdir(parents=True, exist_ok=True)
-    trained = train_side_by_side(contenders, options)
+    try:
+        trained = train_side_by_side(contenders, options)
+    except (ContenderFailed, NotInstalled) as error:
+        sys.exit(str(error))
     score_all(trained, options)
     rows = [
         {"contender": one.contender.id, "step": step, "foreground": foreground}
