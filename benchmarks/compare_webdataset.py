@@ -131,6 +131,7 @@ def contend(options: argparse.Namespace) -> None:
     from trainer.config import load_config
 
     sizes = (f"views.image_size={options.size}", f"data.batch_size={options.batch}")
+    steps = f"run.steps={options.total_steps}"
     name, prefetched = "webdataset", _PREFETCH * options.workers
     loader = f"webdataset, PIL, DataLoader, {options.workers} workers"
 
@@ -146,7 +147,7 @@ def contend(options: argparse.Namespace) -> None:
 
     WebState.name, WebState.loader = name, loader
     with tempfile.TemporaryDirectory(prefix="side_by_side-") as folder:
-        settings = paced_settings(options.shards, Path(folder) / "run", sizes)
+        settings = paced_settings(options.shards, Path(folder) / "run", (*sizes, steps))
         if not options.loading:
             train_paced(WebState, settings)
             return
@@ -158,6 +159,7 @@ def contend(options: argparse.Namespace) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--total-steps", type=int, default=1500, help="of the schedule")
     parser.add_argument("--loading", action="store_true", help="train nothing")
 
 

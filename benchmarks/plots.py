@@ -17,6 +17,7 @@ _OURS, _OTHERS = "#1f6f8b", "#c9c9c9"
 _TITLES = {
     "maskbank": "maskbank, bf16",
     "maskbank-float32": "maskbank, float32",
+    "maskbank-stride8": "maskbank, bf16, a pixel of each 8×8",
     "plain": "the method plainly, float32",
     "lightly": "lightly DenseCL*, float32",
     "lightly-bf16": "lightly DenseCL*, bf16",
@@ -60,6 +61,8 @@ def plot_quality(rows: list[dict[str, Any]], output: Path) -> None:
     figure, axis = plt.subplots(figsize=(6.5, 3.6))
     for name, colour in (("maskbank", _OURS), ("plain", "#8a8a8a")):
         own = [r for r in rows if r["contender"] == name and r["foreground"] == "probability"]
+        if not own:
+            continue
         own.sort(key=lambda row: row["step"])
         means = [row["miou"]["mean"] for row in own]
         spread = [row["miou"]["std"] for row in own]

@@ -28,7 +28,7 @@ from benchmarks.side_by_side import CONTENDERS, Contender, command_of, machine_l
 from benchmarks.stamps20 import KMEANS
 
 _LIMIT = 3600.0  # seconds for a window or a start
-_STEPS_OF = {"benchmarks.compare_plain": "--total-steps"}  # how a contender's schedule is set
+_STEPS_OF = ("benchmarks.compare_plain", "benchmarks.compare_webdataset")  # have --total-steps
 
 
 @dataclass
@@ -58,7 +58,7 @@ def train_side_by_side(contenders: list[Contender], options: argparse.Namespace)
             python = peer_python(contender.environment, contender.packages, options.environments)
             command = command_of(python, contender, data, options)
             if contender.module in _STEPS_OF:
-                command += [_STEPS_OF[contender.module], str(options.steps)]
+                command += ["--total-steps", str(options.steps)]
             log = options.work / "logs" / f"{contender.id}.log"
             running.append((Trained(contender), ContenderProcess(command, log, _LIMIT)))
         done = {trained.contender.id: WARM_UP for trained, _ in running}

@@ -1,7 +1,7 @@
 """The loader for CPUs: simplejpeg and torch's 8-bit resize, one pass over floats a view.
 
 What DALI's graph does operator by operator is folded here: colour and normalisation are one matrix
-product and one clamp, written into the batch itself. On CPUs that takes two thirds of DALI's
+product and one clamp, written into the batch itself. On CPUs that takes half of our DALI graph's
 time at 224 pixels (`benchmarks/loader.py`); it also runs where DALI has no wheel.
 """
 
