@@ -7,7 +7,6 @@ time at 224 pixels (`benchmarks/loader.py`); it also runs where DALI has no whee
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.fetch import FetchedSample
-from data_pipeline.pieces import map_in_pieces
+from data_pipeline.pieces import map_in_pieces, single_threaded_pool
 from data_pipeline.sample import IGNORE, UInt8, decode_rgb
 from data_pipeline.views import GREY_WEIGHTS, IMAGENET_MEAN, IMAGENET_STD, View, colour_matrix
 
@@ -144,24 +143,6 @@ def crop_mask(mask: UInt8, view: View, size: int) -> UInt8:
     # all are inside: "clip" only spares their check
     cropped: UInt8 = mask.take(top + rows, 0, mode="clip").take(left + columns, 1, mode="clip")
     return cropped
-
-
-def single_threaded_pool(threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch works alone: each of them would else bring a team of its own."""
-    everybody = threading.Barrier(threads + 1)
-    others = torch.get_num_threads()
-
-    def begin() -> None:
-        torch.get_num_threads()  # the first call in a thread sets the number, so it must be before
-        torch.set_num_threads(1)
-        everybody.wait()
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="augment")
-    for _ in range(threads):
-        pool.submit(begin)
-    everybody.wait()
-    torch.set_num_threads(others)  # what threads that come later begin with
-    return pool
 
 
 def _float(values: NDArray[np.float64]) -> Tensor:

@@ -1,6 +1,8 @@
 """A linear classifier of pixels: what it says of features, and what it is learned from."""
 
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +69,9 @@ class LinearClassifier:
         return upsample(square, (shape[0], shape[1]))[0]
 
 
-def image_gradients(classifier: LinearClassifier, features: Tensor, labels: Tensor) -> Tensor:
+def image_gradients(
+    classifier: LinearClassifier, features: Tensor, labels: Tensor, pool: Executor | None = None
+) -> Tensor:
     """Each image's gradient on its own: rows [b, C·F + C + 1] of weight, bias, labelled pixels.
 
     Of the cross entropy summed over an image's labelled pixels. On CPUs one image at a time, since
@@ -77,10 +81,14 @@ def image_gradients(classifier: LinearClassifier, features: Tensor, labels: Tens
         classifier: on the device of the features.
         features: [b, F, h, w].
         labels: int64 [b, S, S], negative where they are ignored.
+        pool: whose threads take an image each, with one thread of torch; for CPUs. An image is too
+            little for several to share.
     """
-    at_once = 1 if features.device.type == "cpu" else len(features)
-    parts = zip(torch.split(features, at_once), torch.split(labels, at_once), strict=True)
-    return torch.cat([_gradients(classifier, *part) for part in parts])
+    if features.device.type != "cpu":
+        return _gradients(classifier, features, labels)
+    parts = torch.split(features, 1), torch.split(labels, 1)
+    work = partial(_gradients, classifier)
+    return torch.cat(list(map(work, *parts) if pool is None else pool.map(work, *parts)))
 
 
 def _gradients(classifier: LinearClassifier, features: Tensor, labels: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.order import generator
+from data_pipeline.pieces import single_threaded_pool
 from data_pipeline.sample import Label, UInt8
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resize_nearest
 from evaluation.augmentation import augmented
@@ -130,7 +131,8 @@ def evaluate_linear(
     with FeatureCache(cache, kept, config.size, advice) as features:
         test = _TestSet(encoder, test_images, features, config, ranks)
         train = _FeatureSet(encoder, train_images, features, config, ranks)
-        probes = [_probe(train, test, config, ranks, seed) for seed in config.seeds]
+        with single_threaded_pool(torch.get_num_threads()) as pool:
+            probes = [_probe(train, test, config, ranks, seed, pool) for seed in config.seeds]
         seconds = time.monotonic() - start
         refined = [] if config.crf is None else [test.refined(one, config.crf) for _, one in probes]
     options = asdict(config)
@@ -334,7 +336,12 @@ def frozen_features(encoder: Encoder, pixels: Tensor, config: LinearConfig, rank
 
 
 def _probe(
-    train: _FeatureSet, test: _TestSet, config: LinearConfig, ranks: Ranks, seed: int
+    train: _FeatureSet,
+    test: _TestSet,
+    config: LinearConfig,
+    ranks: Ranks,
+    seed: int,
+    pool: Executor,
 ) -> tuple[Counts, LinearClassifier]:
     """Learns one classifier; returns it as it was at the epoch that counts, and its confusion."""
     width = train.encoder.network.config.decoder_channels
@@ -348,7 +355,7 @@ def _probe(
     for epoch in shown(epochs, f"linear, seed {seed}", config.epochs, ranks):
         optimizer.param_groups[0]["lr"] = config.lr * (0.1 if epoch >= config.decay_epoch else 1)
         for part in train.epoch(seed, epoch):
-            _learn(classifier, optimizer, part, ranks)
+            _learn(classifier, optimizer, part, ranks, pool)
         last = epoch + 1 == config.epochs
         if last or (config.select == "best" and (epoch + 1) % config.evaluate_every == 0):
             matrix = test.confusion(classifier)
@@ -360,7 +367,11 @@ def _probe(
 
 
 def _learn(
-    classifier: LinearClassifier, optimizer: torch.optim.Optimizer, part: _Part, ranks: Ranks
+    classifier: LinearClassifier,
+    optimizer: torch.optim.Optimizer,
+    part: _Part,
+    ranks: Ranks,
+    pool: Executor,
 ) -> None:
     """One step on the mean over all labelled pixels of a batch; a collective."""
     values = classifier.weight.numel() + classifier.bias.numel() + 1
@@ -368,7 +379,7 @@ def _learn(
     if part.examples:
         features = torch.stack([one for one, _ in part.examples]).to(ranks.device)
         labels = torch.stack([label for _, label in part.examples]).to(ranks.device).long()
-        own = image_gradients(classifier, features, labels)
+        own = image_gradients(classifier, features, labels, pool)
     counts = np.bincount(part.owners, minlength=ranks.world_size).tolist()
     rows = all_gather_rows(own, counts, ranks)
     # rank by rank, back into the order of the batch, so that the sum is that of one rank

@@ -14,6 +14,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.labelled import ShardSet, labelled_shards
 from data_pipeline.manifest import read_manifest
 from data_pipeline.order import generator
+from data_pipeline.pieces import single_threaded_pool
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resize_nearest
 from evaluation.augmentation import augmented
 from evaluation.crf import CrfConfig, refine
@@ -236,6 +237,8 @@ def test_gradients_of_images_are_those_of_torch() -> None:
     labels = torch.randint(-1, 4, (3, 20, 28), generator=draw)
     labels[2] = -1
     rows = image_gradients(classifier, features, labels)
+    with single_threaded_pool(2) as pool:
+        assert torch.equal(image_gradients(classifier, features, labels, pool), rows)
     for row, one, label in zip(rows, features, labels, strict=True):
         weight, bias = classifier.learnable()
         logits = F.conv2d(one[None], weight[:, :, None, None], bias)

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from data_pipeline.order import SampleOrder
 from data_pipeline.reader import SampleReader
 from data_pipeline.sample import decode_rgb
 from data_pipeline.sources.generated import list_scenes
-from data_pipeline.torch_loader import Scratch, augment_image, crop_mask, single_threaded_pool
+from data_pipeline.torch_loader import Scratch, augment_image, crop_mask
 from data_pipeline.views import (
     GREY_WEIGHTS,
     IMAGENET_MEAN,
@@ -113,16 +112,6 @@ def test_a_view_is_what_torchvision_makes_of_it(
     expected_mask = expected_mask.flip(-1) if flip else expected_mask
     assert (crop_mask(sample.mask, view, 64) == expected_mask.numpy()).all()
     assert (len(expected_mask.unique()) > 1) == ((height, width) == (70, 50))
-
-
-def test_the_loaders_threads_work_alone_and_leave_the_others_theirs() -> None:
-    torch.set_num_threads(2)
-    pool = single_threaded_pool(3)
-    assert set(pool.map(lambda _: torch.get_num_threads(), range(9))) == {1}
-    assert torch.get_num_threads() == 2
-    with ThreadPoolExecutor(1) as later:
-        assert later.submit(torch.get_num_threads).result() == 2
-    pool.shutdown()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,8 +4,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from data_pipeline.pieces import map_in_pieces
+from data_pipeline.pieces import map_in_pieces, single_threaded_pool
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100])
@@ -29,3 +30,13 @@ def test_the_first_error_by_order_is_raised() -> None:
 
     with ThreadPoolExecutor(2) as pool, pytest.raises(ValueError, match="item 5"):
         map_in_pieces(pool, 2, fail, range(40))
+
+
+def test_threads_that_work_alone_leave_the_others_theirs() -> None:
+    torch.set_num_threads(2)
+    pool = single_threaded_pool(3)
+    assert set(pool.map(lambda _: torch.get_num_threads(), range(9))) == {1}
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 2
+    pool.shutdown()
