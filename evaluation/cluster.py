@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from data_pipeline.errors import InputError
 
 Floats = NDArray[np.float64]
+WithoutForeground = Literal["zero", "leave-out"]
 _NO_VARIANCE = 1e-12  # of float32 vectors of unit length: rounding gives 1e-15
 _ROWS = 1 << 16  # vectors whose distances are held at a time
 
@@ -28,6 +29,9 @@ class ClusterConfig:
         batch_size: of mini-batch K-means.
         pca: dimensions after whitened PCA; 0 does none.
         seeds: one clustering each.
+        without_foreground: images in which nothing was predicted are zero vectors among the others
+            (as published), and so can take a cluster, or they are left out. They are background
+            either way.
     """
 
     clusters: int = 0
@@ -36,10 +40,15 @@ class ClusterConfig:
     batch_size: int = 1000
     pca: int = 32
     seeds: tuple[int, ...] = (1234, 1235, 1236, 1237, 1238)
+    without_foreground: WithoutForeground = "zero"
 
     def __post_init__(self) -> None:
         if self.method not in ("minibatch", "full"):
             raise InputError(f"--method is {self.method!r}; it can be minibatch or full")
+        if self.without_foreground not in ("zero", "leave-out"):
+            raise InputError(
+                f"--without-foreground is {self.without_foreground!r}; it can be zero or leave-out"
+            )
         if min(self.clusters, self.pca) < 0:
             raise InputError("--clusters and --pca must not be negative")
         if min(self.starts, self.batch_size, len(self.seeds)) < 1:
@@ -74,7 +83,7 @@ class Clusters:
 def fit_clusters(
     vectors: NDArray[np.float32], clusters: int, config: ClusterConfig, seed: int
 ) -> Clusters:
-    """K-means centres of n vectors [n, D] of unit length.
+    """K-means centres of n vectors [n, D] of unit length, or zero.
 
     With fewer vectors than clusters each is a centre of its own.
     """

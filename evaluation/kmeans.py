@@ -127,12 +127,17 @@ def image_statistics(
 def cluster_images(
     statistics: ImageStatistics, clusters: int, config: ClusterConfig, ranks: Ranks
 ) -> list[Clusters]:
-    """One clustering a seed of the images with a foreground, the same on every rank."""
+    """One clustering a seed, the same on every rank; a collective.
+
+    `config.without_foreground` says whether images without a foreground take part.
+    """
     found = None
     # one rank clusters, so that threads and library versions cannot make ranks disagree
     if ranks.is_main:
-        _warn_if_few(statistics, clusters, config.pca)
-        vectors = statistics.vectors[statistics.found]
+        vectors = statistics.vectors
+        if config.without_foreground == "leave-out":
+            vectors = vectors[statistics.found]
+        _warn_if_few(vectors, clusters, config.pca)
         found = [fit_clusters(vectors, clusters, config, seed) for seed in config.seeds]
     return broadcast_object(found, ranks) or []
 
@@ -145,16 +150,13 @@ def assign_images(statistics: ImageStatistics, clusters: Clusters) -> NDArray[np
     return assignment
 
 
-def _warn_if_few(statistics: ImageStatistics, clusters: int, pca: int) -> None:
-    found = int(statistics.found.sum())
-    directions = min(pca, statistics.vectors.shape[1])
-    if clusters < found <= 2 * directions:
+def _warn_if_few(vectors: NDArray[np.float32], clusters: int, pca: int) -> None:
+    directions = min(pca, vectors.shape[1])
+    if clusters < len(vectors) <= 2 * directions:
         _log.warning(
-            "%d images with foreground are few for %d whitened directions, in which they are all "
-            "about equally far apart: clusters are near to chance; use fewer (--pca) or none "
-            "(--pca 0)",
-            found,
-            directions,
+            "%d images are few for %d whitened directions, in which they are all about equally far "
+            "apart: clusters are near to chance; use fewer (--pca) or none (--pca 0)",
+            *(len(vectors), directions),
         )
 
 

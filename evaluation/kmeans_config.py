@@ -47,6 +47,8 @@ class KMeansConfig:
             raise InputError(f"--unit is {self.unit!r}; it can be image or pixel")
         if self.unit == "pixel" and self.criterion == "image":
             raise InputError("--criterion image needs --unit image: it counts images by cluster")
+        if self.unit == "pixel" and self.cluster.without_foreground != "zero":
+            raise InputError("--without-foreground needs --unit image: pixels have no foreground")
         if min(self.size, self.batch_size) < 1:
             raise InputError("--size and --batch-size must be at least 1")
         require_precision(self.precision)

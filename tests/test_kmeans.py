@@ -216,6 +216,21 @@ def test_published_protocol_is_the_default() -> None:
     assert config.cluster.seeds == (1234, 1235, 1236, 1237, 1238)
     assert (config.cluster.method, config.cluster.batch_size) == ("minibatch", 1000)
     assert (config.cluster.pca, config.cluster.clusters) == (32, 0)
+    assert config.cluster.without_foreground == "zero"
+
+
+def test_what_becomes_of_images_without_foreground_is_checked_and_kept(blocks: ShardSet) -> None:
+    with pytest.raises(InputError, match="--without-foreground is 'drop'"):
+        ClusterConfig(without_foreground="drop")  # type: ignore[arg-type]
+    leave_out = ClusterConfig(seeds=(1,), without_foreground="leave-out")
+    with pytest.raises(InputError, match="--without-foreground needs --unit image"):
+        KMeansConfig(48, cluster=leave_out, unit="pixel")
+    for cluster in (leave_out, ClusterConfig(seeds=(1,))):
+        result, clustering = evaluate_kmeans(
+            oracle([blocks], 48), blocks, KMeansConfig(48, cluster=cluster), ALONE
+        )
+        assert result.options["cluster"]["without_foreground"] == cluster.without_foreground
+        assert clustering.cluster_of_sample[BLOCKS.index(0)] == 0, "background either way"
 
 
 def _evaluate(ranks: Ranks, shards: Path, config: KMeansConfig) -> tuple[Result, Clustering]:

@@ -45,6 +45,7 @@ def kmeans(
         typer.Option(help="Whitened PCA to so many; 0: none; default 32, of all pixels none."),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Clusterings, from seed 1234 on.")] = 5,
+    without_foreground: common.WithoutForeground = "zero",
     criterion: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Matching on iou, count or image; default: the data set's, or iou."),
@@ -78,7 +79,8 @@ def kmeans(
         source = common.source(data_set, root, split, masks, names, categories)
         config = _config(
             source.data_set, source.size(size), clusters, foreground, threshold, pooling, method,
-            starts, pca, seeds, criterion, many_to_one, unit, batch_size, precision,
+            starts, pca, seeds, without_foreground, criterion, many_to_one, unit, batch_size,
+            precision,
         )  # fmt: skip
         subject = common.open_subject(network, initial, output)
         config.require(subject.encoder)
@@ -92,8 +94,8 @@ def kmeans(
 
 def _config(
     known: DataSet | None, size: int, clusters: int, foreground: Any, threshold: float,
-    pooling: Any, method: Any, starts: int, pca: int | None, seeds: int, criterion: Any,
-    many_to_one: bool, unit: Any, batch_size: int, precision: str,
+    pooling: Any, method: Any, starts: int, pca: int | None, seeds: int, without_foreground: Any,
+    criterion: Any, many_to_one: bool, unit: Any, batch_size: int, precision: str,
 ) -> KMeansConfig:  # fmt: skip
     """The options, which the configurations check, with the data set's own for those not given."""
     unit = unit or ("image" if known is None else known.unit)
@@ -103,7 +105,10 @@ def _config(
         size=size,
         prototype=PrototypeConfig(foreground, threshold, pooling),
         cluster=ClusterConfig(
-            clusters, method, starts, pca=pca, seeds=tuple(range(1234, 1234 + seeds))
+            *(clusters, method, starts),
+            pca=pca,
+            seeds=tuple(range(1234, 1234 + seeds)),
+            without_foreground=without_foreground,
         ),
         criterion=criterion or ("iou" if known is None else known.criterion),
         many_to_one=many_to_one,

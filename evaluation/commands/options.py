@@ -59,6 +59,13 @@ Foreground = Annotated[
 ]
 Threshold = Annotated[float, typer.Option(help="Of a pixel that is foreground.")]
 Pooling = Annotated[str, typer.Option(help="weighted (published) or normalized.")]
+WithoutForeground = Annotated[
+    str,
+    typer.Option(
+        help="Images in which nothing is predicted: zero vectors (published), or leave-out of PCA "
+        "and clustering."
+    ),
+]
 Precision = Annotated[str, typer.Option(help="float32 or bf16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Html = Annotated[bool, typer.Option("--html", help="Write the report, report.html, as well.")]

@@ -64,6 +64,7 @@ def table(
     ),
     starts: Annotated[int, typer.Option(help="Starts of K-means.")] = 3,
     pca: Annotated[Optional[int], typer.Option(help="Whitened PCA of K-means; 0: none.")] = None,  # noqa: UP045
+    without_foreground: common.WithoutForeground = "zero",
     clusters: Annotated[int, typer.Option(help="K of over-clustering; 500 comes too.")] = 50,
     epochs: Annotated[int, typer.Option(help="Epochs of the linear classifier.")] = 60,
     decay_epoch: Annotated[int, typer.Option(help="Its rate is a tenth after it.")] = 25,
@@ -156,7 +157,12 @@ def _plan(source: common.Source, given: dict[str, Any]) -> Plan:
         kmeans=KMeansConfig(
             size=size,
             prototype=prototype,
-            cluster=ClusterConfig(method=given["method"], starts=given["starts"], pca=pca),
+            cluster=ClusterConfig(
+                method=given["method"],
+                starts=given["starts"],
+                pca=pca,
+                without_foreground=given["without_foreground"],
+            ),
             criterion="iou" if known is None else known.criterion,
             unit=unit,
             precision=precision,
