@@ -178,20 +178,21 @@ def pack_sample(
 
 
 def decode_rgb(data: bytes) -> UInt8:
-    """Decodes the image component of a shard to uint8 [H, W, 3]."""
+    """Decodes the image component of a shard to uint8 [H, W, 3], which torch may share."""
     pixels = decode_plain_jpeg(data)
-    return np.asarray(open_image(data, "image").convert("RGB")) if pixels is None else pixels
+    # np.asarray would be read-only memory, which no tensor can be
+    return np.array(open_image(data, "image").convert("RGB")) if pixels is None else pixels
 
 
 def decode_grey(data: bytes, stage: str) -> UInt8:
-    """Decodes a mask or label component of a shard to uint8 [H, W]."""
+    """Decodes a mask or label component of a shard to uint8 [H, W], which torch may share."""
     values = decode_plain_png(data)
     if values is not None:
         return values
     image = open_image(data, stage, ("PNG",))
     if image.mode != "L":
         raise SampleError(stage, f"is {image.mode}, not 8-bit grey as shards hold it")
-    return np.asarray(image)
+    return np.array(image)
 
 
 def decode_label(data: bytes) -> Label:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_pipeline.errors import SampleError
@@ -398,6 +399,19 @@ def test_without_class_names_any_8_bit_index_is_taken() -> None:
     label = np.full((HEIGHT, WIDTH), 254, np.uint8)
     sample = pack(JPEG, label=encode(label))
     np.testing.assert_array_equal(decode_grey(sample.components["label.png"], "label"), label)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
+def test_decoded_pixels_are_memory_that_torch_may_share(form: str) -> None:
+    """Of read-only memory torch warns that its behaviour is undefined, here an error."""
+    for pixels in (
+        decode_rgb(encode(picture(), form)),
+        decode_grey(encode(object_mask()), "mask"),  # as Pillow writes it
+        decode_grey(encode_png(object_mask()), "mask"),  # as shards hold it
+        decode_label(encode_png(object_mask())),
+    ):
+        assert pixels.flags.writeable
+        torch.from_numpy(pixels)
 
 
 def test_decode_grey_refuses_what_no_shard_holds() -> None:
