@@ -1,8 +1,9 @@
 """Semantic segment retrieval (MaskContrast, section 4.4): each mask takes its neighbour's class.
 
-The bank has one vector an image of `train`, labelled with the most frequent class inside its
+The bank has one vector for each image of `train`, labelled with the most frequent class inside its
 predicted mask, background and ignored pixels apart. A val image's mask takes the class of the
-vector with the largest cosine.
+vector with the largest cosine. Of seven classes the pixels of all others are ignored first, in the
+bank as in what is scored: a mask of a horse and a smaller person is one of a person.
 """
 
 import time
@@ -108,7 +109,6 @@ def evaluate_retrieval(
     )
     require_pixels(queries.binary(), samples)
     classes = samples.classes
-    labels = frequent_classes(bank)
     variants = {f"retrieval-{len(classes)}": np.arange(len(classes))}
     seven = [classes.index(name) for name in SEVEN if name in classes]
     if len(seven) == len(SEVEN):
@@ -116,7 +116,7 @@ def evaluate_retrieval(
     results = []
     neighbours = None
     for protocol, kept in variants.items():
-        matrix, usable, nearest = _retrieve(bank, labels, queries, kept)
+        matrix, usable, nearest = _retrieve(bank, queries, kept)
         scored = score(matrix)
         # of the seven the mean leaves background out
         counted = scored.iou if len(kept) == len(classes) else scored.iou[1:]
@@ -152,25 +152,22 @@ def frequent_classes(statistics: ImageStatistics) -> NDArray[np.int64]:
 
 def _retrieve(
     bank: ImageStatistics,
-    labels: NDArray[np.int64],
     queries: ImageStatistics,
     kept: NDArray[np.int64],
 ) -> tuple[Counts, int, Neighbours]:
     """Confusion among the kept classes (background first), bank vectors used, and neighbours.
 
-    Pixels of other classes are ignored, and images of other classes are in no bank.
+    Pixels of other classes are ignored, so that images with no other class are in no bank.
     """
-    usable = np.flatnonzero(bank.found & np.isin(labels, kept[1:]))
+    bank, queries = bank.of_classes(kept), queries.of_classes(kept)
+    labels = frequent_classes(bank)
+    usable = np.flatnonzero(bank.found & (labels > 0))
     if len(usable) == 0:
         raise InputError(
             "no image of the bank has a predicted mask over a labelled object: there is nothing to "
             "retrieve; check the labels, or take --foreground mask"
         )
-    place = np.zeros(int(labels.max()) + 1, np.int64)
-    for number, index in enumerate(kept):
-        if index < len(place):
-            place[index] = number
-    vectors, columns = bank.vectors[usable], place[labels[usable]]
+    vectors, columns = bank.vectors[usable], labels[usable]
     count = min(NEIGHBOURS, len(usable))
     nearest = np.empty((len(queries.vectors), count), np.int64)
     similarity = np.empty((len(queries.vectors), count), np.float32)
@@ -181,10 +178,7 @@ def _retrieve(
         nearest[first : first + _ROWS] = order
         similarity[first : first + _ROWS] = np.take_along_axis(part, order, 1)
     assignment = np.where(queries.found, columns[nearest[:, 0]], 0)
-    counts = ImageStatistics(
-        queries.vectors, queries.inside[:, kept], queries.outside[:, kept], queries.sample_ids
-    )
-    matrix = counts.confusion(assignment, len(kept))
+    matrix = queries.confusion(assignment, len(kept))
     shown = np.flatnonzero(queries.found)
     return (
         matrix,
@@ -193,7 +187,7 @@ def _retrieve(
             queries.sample_ids[shown],
             bank.sample_ids[usable][nearest[shown]],
             similarity[shown],
-            frequent_classes(queries)[shown],
-            labels[usable][nearest[shown]],
+            kept[frequent_classes(queries)[shown]],
+            kept[columns[nearest[shown]]],
         ),
     )

@@ -6,7 +6,7 @@ any number of clusterings.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -46,6 +46,10 @@ class ImageStatistics:
         """[n], whether anything was predicted."""
         found: NDArray[np.bool_] = np.abs(self.vectors).sum(1) > 0
         return found
+
+    def of_classes(self, kept: NDArray[np.int64]) -> "ImageStatistics":
+        """The same with pixels of all but some classes ignored, which are numbered anew."""
+        return replace(self, inside=self.inside[:, kept], outside=self.outside[:, kept])
 
     def confusion(self, assignment: NDArray[np.int64], columns: int) -> Counts:
         """int64 [C, columns]: pixels of each true class in each image's column; 0 is background.

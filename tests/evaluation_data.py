@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,6 +65,31 @@ class BlockItem:
         Image.fromarray(noise.astype(np.uint8)).save(image, "PNG")
         mask = encode_png((label % 255 > 0).astype(np.uint8)) if self.masked else None
         return RawSample(image.getvalue(), mask, encode_png(label))
+
+
+@dataclass(frozen=True)
+class LabelItem:
+    """An image of noise with this label, -1 where it is ignored."""
+
+    index: int
+    label: NDArray[np.int64]
+
+    @property
+    def key(self) -> str:
+        return f"image_{self.index:03d}"
+
+    @property
+    def source(self) -> str:
+        return f"label:{self.index}"
+
+    def sizes(self) -> tuple[int, ...]:
+        return ()
+
+    def read(self) -> RawSample:
+        noise = np.random.default_rng(self.index).integers(0, 256, (*self.label.shape, 3))
+        image = io.BytesIO()
+        Image.fromarray(noise.astype(np.uint8)).save(image, "PNG")
+        return RawSample(image.getvalue(), None, encode_png(self.label.astype(np.uint8)))
 
 
 def block_shards(
