@@ -1,33 +1,37 @@
-"""Reading for evaluation: whole images, resized to a square, with their labels as they are."""
+"""Reading for evaluation: images as squares, with their labels."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.labelled import LabelledSet
+from data_pipeline.resize import Resize, centre, resize_image, resize_nearest
 from data_pipeline.sample import Label, UInt8, decode_grey, decode_label, decode_rgb
 from data_pipeline.views import IMAGENET_MEAN, IMAGENET_STD
+
+_T = TypeVar("_T", bound=np.generic)
 
 
 @dataclass(frozen=True)
 class WholeImage:
     """One image for evaluation.
 
+    H × W is its original size; where the centre is cut out, S × S.
+
     Attributes:
         sample_id: number in its data set.
         key: of the sample.
-        pixels: uint8 [3, S, S], resized (bicubic), not normalised.
-        label: int16 [H, W] class index at original resolution, -1 where it is ignored.
+        pixels: uint8 [3, S, S], resized, not normalised.
+        label: int16 [H, W] class index, -1 where it is ignored.
         mask: uint8 [H, W] proposal ids, or None where the data set has none.
-        image: uint8 [H, W, 3] at original resolution.
+        image: uint8 [H, W, 3].
     """
 
     sample_id: int
@@ -45,12 +49,16 @@ class WholeImages:
         samples: where they are.
         size: side S that images are resized to, pixels.
         threads: images read and decoded at a time.
+        resize: how (`resize_image`); crop cuts the centre out of image, label and mask.
     """
 
-    def __init__(self, samples: LabelledSet, size: int, threads: int) -> None:
+    def __init__(
+        self, samples: LabelledSet, size: int, threads: int, resize: Resize = "opencv"
+    ) -> None:
         self.samples = samples
         self.size = size
         self.threads = threads
+        self.resize = resize
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -70,19 +78,25 @@ class WholeImages:
             image = decode_rgb(raw.image)
             label = decode_label(raw.label or b"")
             mask = None if raw.mask is None else decode_grey(raw.mask, "mask")
+            pixels = resize_image(image, self.size, self.resize)
         except SampleError as error:
             key = self.samples.key(sample_id)
             what = error.reason if key in error.reason else f"{self.samples}, {key}: {error}"
             raise InputError(
                 f"{what}; evaluation needs every sample: {self.samples.remedy()}"
             ) from None
-        pixels = F.resize(
-            torch.tensor(image).permute(2, 0, 1),
-            [self.size, self.size],
-            interpolation=InterpolationMode.BICUBIC,
-            antialias=True,
-        )
+        if self.resize == "crop":
+            size = (pixels.shape[1], pixels.shape[2])
+            pixels = centre(pixels, self.size)
+            image = pixels.permute(1, 2, 0).contiguous().numpy()
+            label = self._cut(label, size)
+            mask = None if mask is None else self._cut(mask, size)
         return WholeImage(sample_id, self.samples.key(sample_id), pixels, label, mask, image)
+
+    def _cut(self, values: NDArray[_T], size: tuple[int, int]) -> NDArray[_T]:
+        """The square in the middle of values [H, W] that are resized to `size`."""
+        square: NDArray[_T] = centre(resize_nearest(torch.tensor(values), size), self.size).numpy()
+        return square
 
     def batches(self, sample_ids: NDArray[np.int64], size: int) -> Iterator[list[WholeImage]]:
         """The images of these numbers, `size` at a time, read ahead by one batch."""
@@ -101,11 +115,3 @@ def normalise(pixels: Tensor) -> Tensor:
     mean = 255 * torch.tensor(IMAGENET_MEAN, device=pixels.device)[:, None, None]
     std = 255 * torch.tensor(IMAGENET_STD, device=pixels.device)[:, None, None]
     return (pixels.float() - mean) / std
-
-
-def resize_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Integers [H, W] to [*size], each pixel the nearest one."""
-    resized: Tensor = F.resize(
-        values[None], list(size), interpolation=InterpolationMode.NEAREST_EXACT
-    )[0]
-    return resized

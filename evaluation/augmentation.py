@@ -6,8 +6,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from data_pipeline.order import generator
+from data_pipeline.resize import resize_nearest
 from data_pipeline.sample import IGNORED
-from data_pipeline.whole_images import WholeImage, resize_nearest
+from data_pipeline.whole_images import WholeImage
 
 _AUGMENT, _COLOUR = 12, 14  # streams of the generator
 

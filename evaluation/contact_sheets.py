@@ -15,7 +15,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.labelled import LabelledSet
-from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resize_nearest
+from data_pipeline.resize import resize_nearest
+from data_pipeline.whole_images import WholeImage, WholeImages, normalise
 from evaluation.examples import cluster_maps
 from evaluation.features import precision
 from evaluation.gallery import MAX_SIDE, Gallery
@@ -170,7 +171,7 @@ def _pictures(
     side = min(MAX_SIDE, config.size)
     keys: list[str] = []
     images, segments = [np.zeros((0, side, side, 3), np.uint8)], [np.zeros((0, side, side))]
-    for batch in WholeImages(samples, config.size, threads=1).batches(
+    for batch in WholeImages(samples, config.size, 1, config.resize).batches(
         sample_ids, config.batch_size
     ):
         pixels = torch.stack([image.pixels for image in batch])

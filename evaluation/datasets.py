@@ -11,12 +11,15 @@ from typing import Literal
 
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import ListedSet
+from data_pipeline.resize import Resize
 from data_pipeline.sources.coco import list_coco
 from data_pipeline.sources.davis import list_davis
 from data_pipeline.sources.imagenet_s import list_imagenet_s
 from data_pipeline.sources.item import Listing
 from data_pipeline.sources.voc import list_voc
 from evaluation.matching import Criterion
+from evaluation.miou import Mean
+from evaluation.resolution import Resolution
 
 Role = Literal["train", "bank", "test"]
 
@@ -48,7 +51,9 @@ class DataSet:
         splits: that classifiers learn on, that the retrieval bank is made of, and that is scored.
         list_split: lists one of its splits.
         size: side that images are resized to, pixels.
-        criterion, unit: of K-means (`kmeans_config.py`).
+        criterion, unit, resolution, fit_on: of K-means (`kmeans_config.py`).
+        resize: how images become squares (`resize_image`).
+        mean: classes of the mIoU (`miou.score`).
     """
 
     name: str
@@ -58,6 +63,10 @@ class DataSet:
     size: int = 512
     criterion: Criterion = "iou"
     unit: Literal["image", "pixel"] = "image"
+    resolution: Resolution = "label"
+    fit_on: Literal["test", "train"] = "test"
+    resize: Resize = "opencv"
+    mean: Mean = "present"
 
     def open(self, place: Place, role: Role, split: str | None = None) -> ListedSet:
         """One split where it lies.
@@ -104,9 +113,18 @@ DATA_SETS = {
             "PASCAL VOC 2012",
             {"train": "trainaug", "bank": "train", "test": "val"},
             _voc,
+            mean="all",
         ),
-        DataSet("coco-stuff-81", "COCO-Stuff-81", _COCO, _coco("81"), 320, "count"),
-        DataSet("coco-stuff-27", "COCO-Stuff-27", _COCO, _coco("27"), 320, "count", "pixel"),
+        DataSet(
+            *("coco-stuff-81", "COCO-Stuff-81", _COCO, _coco("81"), 320, "count"),
+            resolution="image",
+        ),
+        DataSet(
+            *("coco-stuff-27", "COCO-Stuff-27", _COCO, _coco("27"), 320, "count", "pixel"),
+            resolution="image",
+            fit_on="train",
+            resize="crop",
+        ),
         *(
             DataSet(
                 *(f"imagenet-s-{size}", f"ImageNet-S-{size}", _IMAGENET_S, _imagenet_s(size)),

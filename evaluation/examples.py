@@ -10,8 +10,9 @@ from torch import Tensor
 
 from data_pipeline.files import atomic_write
 from data_pipeline.labelled import LabelledSet
+from data_pipeline.resize import resize_nearest
 from data_pipeline.sample import Label, UInt8
-from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resize_nearest
+from data_pipeline.whole_images import WholeImage, WholeImages, normalise
 from evaluation.features import precision
 from evaluation.kmeans import Clustering
 from evaluation.kmeans_config import KMeansConfig
@@ -29,7 +30,7 @@ def write_examples(
     count: int = 12,
 ) -> None:
     """Writes `count` images, evenly spaced over the data set, as arrays (see `report.py`)."""
-    images = WholeImages(samples, config.size, threads=1)
+    images = WholeImages(samples, config.size, 1, config.resize)
     numbers = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
     chosen = [images.read(int(number)) for number in dict.fromkeys(numbers.tolist())]
     pixels = torch.stack([image.pixels for image in chosen])

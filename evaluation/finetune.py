@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.order import generator
+from data_pipeline.resize import Resize, require_resize, resize_nearest
 from data_pipeline.sample import IGNORED
-from data_pipeline.whole_images import WholeImages, normalise, resize_nearest
+from data_pipeline.whole_images import WholeImages, normalise
 from evaluation.augmentation import augmented, recoloured
 from evaluation.crf import CrfConfig
 from evaluation.features import precision, require_precision, shown
@@ -53,6 +54,7 @@ class FinetuneConfig:
         augment: flip, rotation of ±5°, scale .75–1.25, colours ±25%.
         precision: float32 or bf16, of the network.
         crf: score with a CRF as well.
+        resize: how images become squares (`resize_image`).
     """
 
     size: int = 512
@@ -67,6 +69,7 @@ class FinetuneConfig:
     augment: bool = True
     precision: str = "float32"
     crf: CrfConfig | None = None
+    resize: Resize = "opencv"
 
     def __post_init__(self) -> None:
         if min(self.size, self.epochs, self.batch_size, self.at_once) < 1 or self.min_steps < 0:
@@ -77,6 +80,7 @@ class FinetuneConfig:
         if self.lr <= 0 or self.head_factor <= 0:
             raise InputError("--lr must be above 0")
         require_precision(self.precision)
+        require_resize(self.resize)
 
     def steps(self, images: int) -> int:
         """Steps on a share of so many images."""
@@ -117,8 +121,8 @@ def evaluate_finetune(
             that grew beyond all numbers.
     """
     require_comparable(train_samples, test_samples)
-    train = WholeImages(train_samples, config.size, threads)
-    test = WholeImages(test_samples, config.size, threads)
+    train = WholeImages(train_samples, config.size, threads, config.resize)
+    test = WholeImages(test_samples, config.size, threads, config.resize)
     results: list[Result] = []
     for percent, numbers in splits.items():
         start = time.monotonic()

@@ -51,6 +51,7 @@ def evaluate_kmeans(
     network: str = "trained",
     threads: int = 2,
     statistics: ImageStatistics | None = None,
+    fit_samples: LabelledSet | None = None,
 ) -> tuple[Result, Clustering]:
     """K-means mIoU on labelled images; the same on every rank.
 
@@ -64,20 +65,20 @@ def evaluate_kmeans(
         network: its name in the result.
         threads: that read images.
         statistics: of these images (`image_statistics`), where they are known already.
+        fit_samples: that centres of pixels are fitted on, where `config.fit_on` says so.
     """
     start = time.monotonic()
     config.require(encoder)
-    images = WholeImages(samples, config.size, threads)
+    images = WholeImages(samples, config.size, threads, config.resize)
     clusters = config.cluster.clusters or len(samples.classes) - 1
     cluster_of_sample: dict[int, int] = {}
     image_scores = None
     if config.unit == "pixel":
-        found, matrices = cluster_pixels(encoder, images, config, clusters, ranks)
+        found, matrices = cluster_pixels(encoder, images, config, clusters, ranks, fit_samples)
         matches = [match_clusters(m, config.criterion, config.many_to_one) for m in matrices]
         binary, empty = None, 0
     else:
-        if statistics is None:
-            statistics = image_statistics(encoder, images, config, ranks)
+        statistics = statistics or image_statistics(encoder, images, config, ranks)
         require_pixels(statistics.binary(), samples)
         found = cluster_images(statistics, clusters, config.cluster, ranks)
         if config.many_to_one and ranks.is_main:
@@ -96,7 +97,7 @@ def evaluate_kmeans(
         image_scores = score_images(statistics, assignments[0], found[0], matches[0], matrices[0])
         binary, empty = statistics.binary(), int((~statistics.found).sum())
     merged = [merge_columns(one, match) for one, match in zip(matrices, matches, strict=True)]
-    scores = [score(one) for one in merged]
+    scores = [score(one, config.mean) for one in merged]
     result = Result(
         protocol="kmeans",
         network=network,
@@ -120,7 +121,8 @@ def image_statistics(
 ) -> ImageStatistics:
     """What all clusterings of these images need; a collective."""
     return collect_statistics(
-        *(encoder, images, config.prototype, ranks, config.batch_size, config.precision)
+        *(encoder, images, config.prototype, ranks, config.batch_size, config.precision),
+        resolution=config.resolution,
     )
 
 

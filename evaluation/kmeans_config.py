@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipeline.errors import InputError
+from data_pipeline.resize import Resize, require_resize
 from evaluation.cluster import ClusterConfig
 from evaluation.features import require_precision
 from evaluation.matching import CRITERIA, Criterion
+from evaluation.miou import Mean, require_mean
 from evaluation.prototypes import PrototypeConfig
+from evaluation.resolution import Resolution, require_resolution
 from trainer.encoder import Encoder
 
 Unit = Literal["image", "pixel"]
@@ -29,6 +32,10 @@ class KMeansConfig:
             (COCO-Stuff-27, which has no background).
         batch_size: images a forward pass.
         precision: float32 or bf16.
+        resize: how images become squares (`resize_image`).
+        resolution: pixels that are scored: label, its own, or image, the square's.
+        mean: classes of the mIoU (`miou.score`).
+        fit_on: images that centres are of: test, those that are scored, or train (of pixels only).
     """
 
     size: int = 512
@@ -39,6 +46,10 @@ class KMeansConfig:
     unit: Unit = "image"
     batch_size: int = 16
     precision: str = "float32"
+    resize: Resize = "opencv"
+    resolution: Resolution = "label"
+    mean: Mean = "present"
+    fit_on: Literal["test", "train"] = "test"
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -51,7 +62,16 @@ class KMeansConfig:
             raise InputError("--without-foreground needs --unit image: pixels have no foreground")
         if min(self.size, self.batch_size) < 1:
             raise InputError("--size and --batch-size must be at least 1")
+        if self.fit_on not in ("test", "train"):
+            raise InputError(f"--fit-on is {self.fit_on!r}; it can be test or train")
+        if self.unit == "image" and self.fit_on == "train":
+            raise InputError(
+                "--fit-on train needs --unit pixel; foregrounds are clustered where scored"
+            )
         require_precision(self.precision)
+        require_resize(self.resize)
+        require_resolution(self.resolution)
+        require_mean(self.mean)
 
     def require(self, encoder: Encoder) -> None:
         """Raises InputError where the network cannot do this: said before any work."""

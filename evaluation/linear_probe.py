@@ -16,8 +16,9 @@ from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.order import generator
 from data_pipeline.pieces import single_threaded_pool
+from data_pipeline.resize import Resize, require_resize, resize_nearest
 from data_pipeline.sample import Label, UInt8
-from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resize_nearest
+from data_pipeline.whole_images import WholeImage, WholeImages, normalise
 from evaluation.augmentation import augmented
 from evaluation.crf import CrfConfig
 from evaluation.feature_cache import FeatureCache
@@ -30,7 +31,7 @@ from evaluation.features import (
     shown,
 )
 from evaluation.linear_classifier import LinearClassifier, image_gradients
-from evaluation.miou import Counts, score
+from evaluation.miou import Counts, Mean, require_mean, score
 from evaluation.pixel_scores import (
     ClassMap,
     Pass,
@@ -61,6 +62,8 @@ class LinearConfig:
         precision: float32 or bf16, of the frozen network.
         seeds: one classifier each.
         crf: score the classifiers with a CRF as well.
+        resize: how images become squares (`resize_image`).
+        mean: classes of the mIoU (`miou.score`).
     """
 
     size: int = 512
@@ -76,6 +79,8 @@ class LinearConfig:
     precision: str = "float32"
     seeds: tuple[int, ...] = (0,)
     crf: CrfConfig | None = None
+    resize: Resize = "opencv"
+    mean: Mean = "present"
 
     def __post_init__(self) -> None:
         if self.select not in ("best", "last"):
@@ -85,6 +90,8 @@ class LinearConfig:
         if self.lr <= 0 or self.decay_epoch < 0 or not self.seeds:
             raise InputError("--lr must be above 0, --decay-epoch not negative, --seeds at least 1")
         require_precision(self.precision)
+        require_resize(self.resize)
+        require_mean(self.mean)
 
 
 def evaluate_linear(
@@ -124,8 +131,8 @@ def evaluate_linear(
     start = time.monotonic()
     require_comparable(train_samples, test_samples)
     encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train_images = WholeImages(train_samples, config.size, threads)
-    test_images = WholeImages(test_samples, config.size, threads)
+    train_images = WholeImages(train_samples, config.size, threads, config.resize)
+    test_images = WholeImages(test_samples, config.size, threads, config.resize)
     kept = own_count(test_images, ranks) + (0 if config.augment else own_count(train_images, ranks))
     advice = "" if config.augment else ", or leave --no-augment out: it keeps the training images'"
     with FeatureCache(cache, kept, config.size, advice) as features:
@@ -139,12 +146,22 @@ def evaluate_linear(
     crf = options.pop("crf")
     about = (network, encoder.step)
     results = [
-        result_of("linear", *about, [one for one, _ in probes], test_samples, seconds, options)
+        result_of(
+            "linear",
+            *about,
+            [one for one, _ in probes],
+            test_samples,
+            seconds,
+            options,
+            config.mean,
+        )
     ]
     if refined:
         seconds = time.monotonic() - start
         options = {**options, "crf": crf}
-        results += [result_of("linear-crf", *about, refined, test_samples, seconds, options)]
+        results += [
+            result_of("linear-crf", *about, refined, test_samples, seconds, options, config.mean)
+        ]
     return results, probes[0][1]
 
 
@@ -173,12 +190,13 @@ def score_own_classifier(
         )
     encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     how = Pass(config.batch_size, config.precision, config.crf, "own classifier")
-    images = WholeImages(samples, config.size, threads)
+    images = WholeImages(samples, config.size, threads, config.resize)
     matrices = count_streamed(
         encoder.network.features, classifier, images, ClassMap(classes), how, ranks
     )
     options: dict[str, Any] = {
-        "own_classifier": True, "size": config.size, "precision": config.precision
+        "own_classifier": True, "size": config.size, "precision": config.precision,
+        "resize": config.resize, "mean": config.mean,
     }  # fmt: skip
     results = []
     for protocol, matrix in zip(("linear", "linear-crf"), matrices, strict=False):
@@ -186,7 +204,9 @@ def score_own_classifier(
             options = {**options, "crf": asdict(config.crf)}
         seconds = time.monotonic() - start
         results.append(
-            result_of(protocol, network, encoder.step, [matrix], samples, seconds, options)
+            result_of(
+                protocol, network, encoder.step, [matrix], samples, seconds, options, config.mean
+            )
         )
     return results, classifier.copy()
 
@@ -359,7 +379,7 @@ def _probe(
         last = epoch + 1 == config.epochs
         if last or (config.select == "best" and (epoch + 1) % config.evaluate_every == 0):
             matrix = test.confusion(classifier)
-            miou = score(matrix).miou
+            miou = score(matrix, config.mean).miou
             if best is None or config.select == "last" or miou > best[0]:
                 best = miou, matrix, classifier.copy()
     assert best is not None

@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_pipeline.whole_images import WholeImages, resize_nearest
+from data_pipeline.labelled import LabelledSet
+from data_pipeline.whole_images import WholeImages
 from evaluation.cluster import Clusters, fit_clusters
 from evaluation.features import own_batches, own_samples, precision, require_pixels
 from evaluation.kmeans_config import KMeansConfig
 from evaluation.miou import Counts, confusion
+from evaluation.resolution import at_resolution
 from trainer.distributed import (
     Ranks,
     all_gather_rows,
@@ -28,14 +30,22 @@ FITTED_PIXELS = 200_000  # of all images together, at most, and at least one an 
 
 
 def cluster_pixels(
-    encoder: Encoder, images: WholeImages, config: KMeansConfig, clusters: int, ranks: Ranks
+    encoder: Encoder,
+    images: WholeImages,
+    config: KMeansConfig,
+    clusters: int,
+    ranks: Ranks,
+    fit_samples: LabelledSet | None = None,
 ) -> tuple[list[Clusters], list[Counts]]:
     """One clustering a seed, and pixels of each true class in each of its clusters, [C, K].
 
-    Pixels are those of the labels, at their own resolution; a collective.
+    The centres are those of `fit_samples`, by default of the images themselves; a collective.
     """
+    fitted_on = images
+    if fit_samples is not None:
+        fitted_on = WholeImages(fit_samples, images.size, images.threads, images.resize)
     encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    vectors = _sample(encoder, images, config, ranks)
+    vectors = _sample(encoder, fitted_on, config, ranks)
     fitted = None
     if ranks.is_main:
         fitted = [fit_clusters(vectors, clusters, config.cluster, s) for s in config.cluster.seeds]
@@ -88,9 +98,8 @@ def _count(
         for one, clusters in enumerate(found):
             maps = nearest_centres(embeddings, clusters).to(torch.int16).cpu()
             for image, assigned in zip(batch, maps, strict=True):
-                height, width = image.label.shape
-                prediction = resize_nearest(assigned, (height, width)).numpy()
-                matrices[one] += confusion(image.label, prediction, classes, columns)
+                label, prediction = at_resolution(image.label, assigned, config.resolution)
+                matrices[one] += confusion(label, prediction, classes, columns)
     total = all_reduce_sum(torch.from_numpy(matrices).to(ranks.device), ranks).cpu().numpy()
     return list(total)
 

@@ -17,7 +17,7 @@ from data_pipeline.whole_images import WholeImages, normalise
 from evaluation.crf import CrfConfig, refine
 from evaluation.features import own_samples, precision, require_pixels, shown
 from evaluation.linear_classifier import LinearClassifier
-from evaluation.miou import Counts, confusion, foreground_iou, score
+from evaluation.miou import Counts, Mean, confusion, foreground_iou, score
 from evaluation.result import Result
 from trainer.distributed import Ranks, all_reduce_sum
 
@@ -163,9 +163,10 @@ def result_of(
     samples: LabelledSet,
     seconds: float,
     options: dict[str, Any],
+    mean: Mean = "present",
 ) -> Result:
     """A result with one confusion matrix a seed."""
-    scores = [score(matrix) for matrix in matrices]
+    scores = [score(matrix, mean) for matrix in matrices]
     return Result(
         protocol=protocol,
         network=network,

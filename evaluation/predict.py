@@ -3,8 +3,9 @@
     predictor = Predictor(load_encoder("runs/voc"), read_head(Path("…/kmeans-trained.safetensors")))
     prediction = predictor.predict(image)  # uint8 [H, W, 3]
 
-An image is resized to a square, as for the evaluations, whose figures hold for these predictions to
-the pixel; or it is taken whole, in tiles where it is large.
+An image is resized as for the evaluation that made the head, whose figure holds for these
+predictions to the pixel (where only the centre was scored, all of the image is predicted at that
+scale); or it is taken at its own size, in tiles where it is large.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from data_pipeline.errors import InputError
+from data_pipeline.resize import Resize, require_resize, resize_image, resize_nearest
 from data_pipeline.sample import Label, UInt8
-from data_pipeline.whole_images import normalise, resize_nearest
+from data_pipeline.whole_images import normalise
 from evaluation.features import precision, require_precision
 from evaluation.pixel_kmeans import nearest_centres
 from evaluation.prototypes import PrototypeConfig, foreground_of, image_prototypes
@@ -60,6 +60,7 @@ class PredictConfig:
 
     Attributes:
         size: side that images are resized to, pixels; None: that of the head, or 512.
+        resize: how (`resize_image`); None: as the head, or opencv.
         whole: images keep their size instead, padded to the network's stride.
         max_side: of whole images, pixels; larger ones are cut into tiles of this side.
         overlap: pixels that neighbouring tiles share.
@@ -76,9 +77,12 @@ class PredictConfig:
     precision: str = "float32"
     saliency: bool = True
     embedding: bool = True
+    resize: Resize | None = None
 
     def __post_init__(self) -> None:
         require_precision(self.precision)
+        if self.resize is not None:
+            require_resize(self.resize)
         if self.size is not None and not 1 <= self.size <= 1 << 14:
             raise InputError(f"--size is {self.size}; it can be 1 to {1 << 14} pixels")
         if self.max_side < 64 or not 0 <= self.overlap <= self.max_side // 2:
@@ -92,8 +96,12 @@ class PredictConfig:
 
 @dataclass(frozen=True)
 class _Maps:
-    """Of a batch, at the stride: [B, C, h, w], [B, D, h, w], and logits [B, 1, h, w]."""
+    """Of a batch, at the stride: [B, C, h, w], [B, D, h, w], and logits [B, 1, h, w].
 
+    `size` is that of its images, pixels.
+    """
+
+    size: Size
     features: Tensor | None
     embedding: Tensor | None
     saliency: Tensor | None
@@ -127,6 +135,7 @@ class Predictor:
         self.kind = "saliency" if head is None else head.kind
         self.classes = SALIENCY_CLASSES if head is None else head.classes
         self.size = self.config.size or (512 if head is None else head.size)
+        self.resize: Resize = self.config.resize or ("opencv" if head is None else head.resize)
         self.prototype = (
             PrototypeConfig("probability", self.config.threshold, "normalized")
             if head is None
@@ -156,55 +165,53 @@ class Predictor:
             raise InputError(f"an image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
         if self.config.whole:
             return self._predict_whole(image)
-        return next(self.predict_squares([self.square(image)], [image.shape[:2]]))
+        return next(self.predict_resized([self.resized(image)], [image.shape[:2]]))
 
-    def square(self, image: UInt8) -> Tensor:
-        """The image, uint8 [H, W, 3], as the network sees it: uint8 [3, S, S]."""
-        resized: Tensor = transforms.resize(
-            torch.tensor(image).permute(2, 0, 1),
-            [self.size, self.size],
-            interpolation=InterpolationMode.BICUBIC,
-            antialias=True,
-        )
-        return resized
+    def resized(self, image: UInt8) -> Tensor:
+        """The image, uint8 [H, W, 3], as the network sees it: uint8 [3, h, w], mostly S × S."""
+        return resize_image(image, self.size, self.resize)
 
-    def predict_squares(
-        self, squares: Sequence[Tensor], sizes: Sequence[tuple[int, ...]]
+    def predict_resized(
+        self, images: Sequence[Tensor], sizes: Sequence[tuple[int, ...]]
     ) -> Iterator[Prediction]:
         """Predictions of a batch, one after the other.
 
         Args:
-            squares: what `square` made of the images, uint8 [3, S, S].
-            sizes: the images' own (H, W), which predictions have.
+            images: as `resized` made them, uint8 [3, h, w].
+            sizes: their own (H, W), which predictions have.
         """
-        maps = self._forward(torch.stack(list(squares)))
-        saliency, vectors, values = self._values(maps)
-        for i, (height, width) in enumerate(sizes):
-            yield self._prediction(maps, saliency, vectors, values, i, (height, width))
+        alike = len({one.shape for one in images}) == 1
+        for batch in [images] if alike else [[one] for one in images]:
+            maps = self._forward(torch.stack(list(batch)))
+            saliency, vectors, values = self._values(maps)
+            for i, (height, width) in enumerate(sizes[: len(batch)]):
+                yield self._prediction(maps, saliency, vectors, values, i, (height, width))
+            sizes = sizes[len(batch) :]
 
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> _Maps:
         """The network's output for pixels uint8 [B, 3, h, w]."""
         images = normalise(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
         network, features = self.encoder.network, None
+        size = (pixels.shape[2], pixels.shape[3])
         with precision(self.config.precision, self.device):
             if self.kind == "linear":
                 features = network.features(images)
                 if not (self._vectors or (self.config.saliency and self._salient)):
-                    return _Maps(features, None, None)
+                    return _Maps(size, features, None, None)
                 output = network.heads(features)
             else:
                 output = network(images)
-        return _Maps(features, output.embedding, output.saliency if self._salient else None)
+        return _Maps(size, features, output.embedding, output.saliency if self._salient else None)
 
     @torch.inference_mode()
     def _values(self, maps: _Maps) -> tuple[Tensor | None, NDArray[np.float32] | None, Tensor]:
-        """Saliency logits [B, S, S], vectors [B, D], and what pixels are told apart by.
+        """Saliency logits [B, *size], vectors [B, D], and what pixels are told apart by.
 
-        That is the foreground, uint8 [B, S, S], clusters, int16 [B, S, S], or of a linear
+        That is the foreground, uint8 [B, *size], clusters, int16 [B, *size], or of a linear
         classifier the features [B, C, h, w].
         """
-        size = (self.size, self.size)
+        size = maps.size
         saliency = None if maps.saliency is None else upsample(maps.saliency, size)[:, 0]
         vectors, foreground = None, None
         if saliency is not None and self._vectors and maps.embedding is not None:
@@ -240,7 +247,7 @@ class Predictor:
         elif self.kind == "pixel-kmeans":
             classes = self._match[resize_nearest(values[i], size).numpy()]
         else:
-            classes = self._classify(values[i : i + 1], (self.size, self.size), size)
+            classes = self._classify(values[i : i + 1], maps.size, size)
         probability = None
         if saliency is not None and self.config.saliency:
             logits = upsample(saliency[i : i + 1, None], size)

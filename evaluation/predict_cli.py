@@ -76,6 +76,10 @@ def predict(
         Optional[int],  # noqa: UP045
         typer.Option(help="Images are resized to this side, pixels; default: the head's, or 512."),
     ] = None,
+    resize: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="opencv, antialias or crop (keeps the ratio); default: as the head."),
+    ] = None,
     whole: Annotated[
         bool, typer.Option("--whole", help="Take images at their own size, in tiles if large.")
     ] = False,
@@ -106,10 +110,12 @@ def predict(
         kinds = _kinds(write or ["colour,overlay"])
         if batch_size < 1:
             raise InputError(f"--batch-size is {batch_size}; it must be at least 1")
+        how: Any = resize  # the configuration checks it
         config = PredictConfig(
             *(size, whole, max_side, overlap, threshold, precision),
             saliency="saliency" in kinds,
             embedding="embedding" in kinds,
+            resize=how,
         )
         predictor, where = _load(network, head, own_classifier, kinds, config)
     ranks = common.start(device)
@@ -224,6 +230,7 @@ def _own_classifier(encoder: Encoder) -> SavedHead | None:
         size=512,
         prototype=PrototypeConfig(),
         step=encoder.step,
+        resize="opencv",
     )
 
 
@@ -264,6 +271,7 @@ def _prepare(outputs: Outputs, predictor: Predictor, head: str, overwrite: bool)
                 if name not in ("saliency", "embedding")
             },
             "size": predictor.size,
+            "resize": predictor.resize,
         },
     }
     path = outputs.folder / _RECORD

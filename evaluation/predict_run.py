@@ -41,14 +41,14 @@ class _Read:
     Attributes:
         picture: which.
         kinds: to write.
-        square: as the network sees it, or None where it is taken whole.
+        resized: as the network sees it, or None where it is taken whole.
         size: its own (H, W).
         image: uint8 [H, W, 3], or None where it is to be read again.
     """
 
     picture: PictureFile
     kinds: tuple[str, ...]
-    square: Tensor | None
+    resized: Tensor | None
     size: tuple[int, int]
     image: UInt8 | None
 
@@ -124,8 +124,8 @@ def _predictions(predictor: Predictor, read: list[_Read], lenient: bool) -> Iter
         for each in read:
             yield predictor.predict(_image(each, lenient))
         return
-    squares = [each.square for each in read if each.square is not None]
-    yield from predictor.predict_squares(squares, [each.size for each in read])
+    images = [each.resized for each in read if each.resized is not None]
+    yield from predictor.predict_resized(images, [each.size for each in read])
 
 
 def _write(outputs: Outputs, each: _Read, prediction: Prediction, lenient: bool) -> None:
@@ -157,17 +157,17 @@ def _batches(
 def _read(
     predictor: Predictor, picture: PictureFile, kinds: tuple[str, ...], lenient: bool
 ) -> _Read | _Unreadable:
+    whole = predictor.config.whole
     try:
         image = read_picture(picture.path, lenient)
+        resized = None if whole else predictor.resized(image)
     except SampleError as error:
         return _Unreadable(picture, error.stage, error.reason)
     except OSError as error:
         return _Unreadable(picture, "read", error.strerror or str(error))
-    whole = predictor.config.whole
     size = (image.shape[0], image.shape[1])
     kept = whole or ("overlay" in kinds and size[0] * size[1] <= _KEPT_PIXELS)
-    square = None if whole else predictor.square(image)
-    return _Read(picture, kinds, square, size, image if kept else None)
+    return _Read(picture, kinds, resized, size, image if kept else None)
 
 
 def _line(failure: _Unreadable) -> bytes:

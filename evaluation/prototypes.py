@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.errors import InputError
+from data_pipeline.resize import resize_nearest
 from data_pipeline.sample import IGNORE
-from data_pipeline.whole_images import WholeImage, resize_nearest
+from data_pipeline.whole_images import WholeImage
 from trainer.model import upsample
 
 Foreground = Literal["logit", "probability", "mask"]

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
+from data_pipeline.resize import Resize, require_resize
 from data_pipeline.whole_images import WholeImages
 from evaluation.features import require_pixels, require_precision
-from evaluation.miou import Counts, foreground_iou, score
+from evaluation.miou import Counts, Mean, foreground_iou, mean_iou, require_mean, score
 from evaluation.prototypes import PrototypeConfig
+from evaluation.resolution import Resolution, require_resolution
 from evaluation.result import Result
-from evaluation.statistics import ImageStatistics, Resolution, collect_statistics
+from evaluation.statistics import ImageStatistics, collect_statistics
 from trainer.distributed import Ranks
 from trainer.encoder import Encoder
 
@@ -39,6 +41,8 @@ class RetrievalConfig:
             own.
         batch_size: images a forward pass.
         precision: float32 or bf16.
+        resize: how images become squares (`resize_image`).
+        mean: classes of the mIoU (`miou.score`).
     """
 
     size: int = 512
@@ -46,13 +50,16 @@ class RetrievalConfig:
     resolution: Resolution = "image"
     batch_size: int = 16
     precision: str = "float32"
+    resize: Resize = "opencv"
+    mean: Mean = "present"
 
     def __post_init__(self) -> None:
         if min(self.size, self.batch_size) < 1:
             raise InputError("--size and --batch-size must be at least 1")
-        if self.resolution not in ("image", "label"):
-            raise InputError(f"--resolution is {self.resolution!r}; it can be image or label")
+        require_resolution(self.resolution)
         require_precision(self.precision)
+        require_resize(self.resize)
+        require_mean(self.mean)
 
     def require(self, encoder: Encoder) -> None:
         """Raises InputError where the network cannot do this: said before any work."""
@@ -99,11 +106,11 @@ def evaluate_retrieval(
             f"{bank_samples} and {samples} have different classes; take both from one data set"
         )
     options = (config.prototype, ranks, config.batch_size, config.precision)
-    bank_images = WholeImages(bank_samples, config.size, threads)
+    bank_images = WholeImages(bank_samples, config.size, threads, config.resize)
     bank = collect_statistics(
         encoder, bank_images, *options, resolution=config.resolution, title="retrieval bank"
     )
-    images = WholeImages(samples, config.size, threads)
+    images = WholeImages(samples, config.size, threads, config.resize)
     queries = collect_statistics(
         encoder, images, *options, resolution=config.resolution, title="retrieval queries"
     )
@@ -120,13 +127,12 @@ def evaluate_retrieval(
         scored = score(matrix)
         # of the seven the mean leaves background out
         counted = scored.iou if len(kept) == len(classes) else scored.iou[1:]
-        miou = float(np.nanmean(counted)) if not np.isnan(counted).all() else float("nan")
         results.append(
             Result(
                 protocol=protocol,
                 network=network,
                 step=encoder.step,
-                values=(miou,),
+                values=(mean_iou(counted, config.mean),),
                 iou=scored.iou,
                 confusion=matrix,
                 foreground_iou=foreground_iou(queries.binary()),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import atomic_write
+from data_pipeline.resize import RESIZES, Resize
 from evaluation.cluster import Clusters
 from evaluation.prototypes import PrototypeConfig
 
@@ -42,6 +43,7 @@ class SavedHead:
         size: side that images had, pixels.
         prototype: of kmeans, how an image's vector is taken.
         step: of the network that it belongs to.
+        resize: how images became squares (`resize_image`).
     """
 
     kind: Literal["kmeans", "pixel-kmeans", "linear"]
@@ -51,6 +53,7 @@ class SavedHead:
     size: int
     prototype: PrototypeConfig
     step: int
+    resize: Resize
 
     @property
     def clusters(self) -> Clusters:
@@ -67,6 +70,7 @@ class SavedHead:
             "size": self.size,
             "prototype": asdict(self.prototype),
             "step": self.step,
+            "resize": self.resize,
         }
         tensors = {name: value.contiguous() for name, value in self.tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +115,7 @@ def read_head(path: Path) -> SavedHead:
                 **{name: value for name, value in meta["prototype"].items() if name in known}
             ),
             step=int(meta["step"]),
+            resize=meta["resize"],
         )
         _check(head)
     except FileNotFoundError:
@@ -129,6 +134,8 @@ def _check(head: SavedHead) -> None:
     """Raises ValueError for parts that do not fit together."""
     if head.kind not in _TENSORS or set(_TENSORS[head.kind]) != set(head.tensors):
         raise ValueError(f"of kind {head.kind!r} with {', '.join(sorted(head.tensors))}")
+    if head.resize not in RESIZES:
+        raise ValueError(f"resize {head.resize!r}")
     if not 1 <= head.size <= 1 << 14 or len(head.classes) < 2:
         raise ValueError(f"size {head.size}, {len(head.classes)} classes")
     tensors = head.tensors

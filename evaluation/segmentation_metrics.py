@@ -6,18 +6,20 @@ counts.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.sample import Label
-from data_pipeline.whole_images import WholeImage, WholeImages, resize_nearest
+from data_pipeline.whole_images import WholeImage, WholeImages
 from evaluation.features import own_batches, precision
 from evaluation.imagenet_s_metrics import SIZES, ImageNetSMetrics
 from evaluation.kmeans import Clustering
 from evaluation.kmeans_config import KMeansConfig
 from evaluation.pixel_kmeans import nearest_centres, pixel_embeddings
 from evaluation.prototypes import foreground_of, saliency_masks
+from evaluation.resolution import at_resolution
 from trainer.distributed import Ranks, all_reduce_sum, cores_per_rank
 from trainer.encoder import Encoder
 from trainer.model import upsample
@@ -36,10 +38,10 @@ def segmentation_metrics(
     left out here: image accuracy, F-beta and boundary mIoU; then mIoU and boundary mIoU of four
     sizes of objects, NaN where the data set has none of a size. A collective.
     """
-    images = WholeImages(samples, config.size, cores_per_rank())
+    images = WholeImages(samples, config.size, cores_per_rank(), config.resize)
     measures = ImageNetSMetrics(len(samples.classes))
-    for image, prediction in segmented(encoder, images, config, clustering, ranks):
-        measures.add(image.label, prediction)
+    for label, prediction in segmented(encoder, images, config, clustering, ranks):
+        measures.add(label, prediction)
     for array in measures.arrays().values():
         total = all_reduce_sum(torch.from_numpy(array).to(ranks.device), ranks)
         array[...] = total.cpu().numpy()
@@ -52,19 +54,19 @@ def segmented(
     config: KMeansConfig,
     clustering: Clustering,
     ranks: Ranks,
-) -> Iterator[tuple[WholeImage, Label]]:
-    """This rank's images with the class of each pixel, int16 [H, W] at the label's resolution.
+) -> Iterator[tuple[Label, Label]]:
+    """Of this rank's images the label and the predicted class of each pixel, int16 [H, W].
 
-    -1 where a cluster has no class. Outside the foreground all is of one class, background as a
-    rule: the one that this cluster was matched to.
+    At the pixels that are scored; -1 where a cluster has no class. Outside the foreground all is of
+    one class, background as a rule: the one that this cluster was matched to.
     """
     encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     classes = torch.from_numpy(clustering.class_of_cluster).to(torch.int16)
     for batch, pixels in own_batches(images, config.batch_size, ranks, "segmenting"):
         maps = _cluster_maps(encoder, batch, pixels, config, clustering, ranks)
         for image, one in zip(batch, maps.cpu(), strict=True):
-            height, width = image.label.shape
-            yield image, resize_nearest(classes[one], (height, width)).numpy()
+            label, prediction = at_resolution(image.label, classes[one], config.resolution)
+            yield label, prediction.astype(np.int16)
 
 
 @torch.inference_mode()

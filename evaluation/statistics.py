@@ -7,23 +7,21 @@ any number of clusterings.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.whole_images import WholeImage, WholeImages, resize_nearest
+from data_pipeline.whole_images import WholeImage, WholeImages
 from evaluation.features import own_batches, precision
 from evaluation.miou import Counts, confusion
 from evaluation.prototypes import PrototypeConfig, image_prototypes, saliency_masks
+from evaluation.resolution import Resolution, at_resolution
 from trainer.distributed import Ranks, all_gather_rows, gather_counts
 from trainer.encoder import Encoder
 from trainer.model import PixelOutput, upsample
 from trainer.partial import PartialOutput
-
-Resolution = Literal["label", "image"]
 
 
 @dataclass(frozen=True)
@@ -163,12 +161,5 @@ def _class_counts(
     image: WholeImage, foreground: torch.Tensor, classes: int, resolution: Resolution
 ) -> Counts:
     """int64 [2, C]: pixels of each true class outside and inside."""
-    label = image.label
-    if resolution == "image":
-        size = (foreground.shape[0], foreground.shape[1])
-        label = resize_nearest(torch.tensor(label), size).numpy()
-        prediction = foreground.numpy()
-    else:
-        height, width = label.shape
-        prediction = resize_nearest(foreground.to(torch.uint8), (height, width)).numpy()
+    label, prediction = at_resolution(image.label, foreground.to(torch.uint8), resolution)
     return np.ascontiguousarray(confusion(label, prediction, classes, 2).T)

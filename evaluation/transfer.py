@@ -12,6 +12,7 @@ import torch
 
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
+from data_pipeline.resize import Resize, require_resize
 from data_pipeline.whole_images import WholeImages
 from evaluation.class_names import map_classes, shared_classes
 from evaluation.crf import CrfConfig
@@ -36,6 +37,7 @@ class TransferConfig:
         batch_size: images a forward pass.
         precision: float32 or bf16, of the network.
         crf: score with a CRF as well.
+        resize: how images become squares (`resize_image`); None takes that of the classifier.
     """
 
     size: int | None = None
@@ -43,6 +45,7 @@ class TransferConfig:
     batch_size: int = 16
     precision: str = "float32"
     crf: CrfConfig | None = None
+    resize: Resize | None = None
 
     def __post_init__(self) -> None:
         if self.unknown not in ("ignore", "background"):
@@ -50,6 +53,8 @@ class TransferConfig:
         if self.batch_size < 1 or (self.size is not None and self.size < 1):
             raise InputError("--size and --batch-size must be at least 1")
         require_precision(self.precision)
+        if self.resize is not None:
+            require_resize(self.resize)
 
 
 def require_transferable(encoder: Encoder, head: SavedHead, samples: LabelledSet) -> None:
@@ -100,11 +105,12 @@ def evaluate_transfer(
     classes = map_classes(head.classes, samples.classes, config.unknown)
     classifier = LinearClassifier(head.tensors["weight"].float(), head.tensors["bias"].float())
     encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = WholeImages(samples, config.size or head.size, threads)
+    images = WholeImages(samples, config.size or head.size, threads, config.resize or head.resize)
     how = Pass(config.batch_size, config.precision, config.crf, "transfer")
     matrices = count_streamed(encoder.network.features, classifier, images, classes, how, ranks)
     options: dict[str, Any] = {
         "size": images.size,
+        "resize": images.resize,
         "precision": config.precision,
         "unknown": config.unknown,
         "learned_on": head.data_set,

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.pictures import encode_png
+from data_pipeline.resize import Resize, require_resize
 from data_pipeline.sample import safe_key
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise
 from evaluation.features import precision, require_pixels, require_precision, shown
@@ -61,6 +62,7 @@ class VideoConfig:
         features: that propagation compares: embedding or decoder, at the network's stride.
         propagation: how.
         precision: float32 or bf16.
+        resize: of frames for saliency (`resize_image`); a classifier has its own.
     """
 
     size: int = 512
@@ -68,6 +70,7 @@ class VideoConfig:
     features: Literal["embedding", "decoder"] = "embedding"
     propagation: PropagationConfig = field(default_factory=PropagationConfig)
     precision: str = "float32"
+    resize: Resize = "opencv"
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -77,6 +80,9 @@ class VideoConfig:
         if self.prototype.foreground == "mask":
             raise InputError("--foreground is 'mask'; of videos it can be logit or probability")
         require_precision(self.precision)
+        require_resize(self.resize)
+        if self.resize == "crop":
+            raise InputError("--resize is 'crop'; whole frames are scored: opencv or antialias")
 
 
 def evaluate_video(
@@ -109,8 +115,11 @@ def evaluate_video(
     start = time.monotonic()
     sequences = sequences_of(samples)
     segment, options = _segmenter(encoder, reading, config, head, ranks)
-    size = head.size if reading == "classifier" and head is not None else config.size
-    images = WholeImages(samples, 1 if reading == "propagation" else size, threads)
+    shape: tuple[int, Resize] = config.size, config.resize
+    if reading == "classifier" and head is not None:
+        shape = head.size, head.resize
+    size, resize = (1, config.resize) if reading == "propagation" else shape
+    images = WholeImages(samples, size, threads, resize)
     encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     folder = None if write is None else write / f"davis-{reading}"
     measures, matrix = _measured(images, sequences, segment, ranks, reading, folder)
@@ -250,10 +259,12 @@ def _segmenter(
     named: dict[str, Any] = {"precision": config.precision}
     if reading == "saliency":
         options = {"size": config.size, "prototype": asdict(config.prototype)}
+        options["resize"] = config.resize
         return _by_saliency(encoder, config, ranks), named | options
     if reading == "classifier":
         assert head is not None
-        return _by_classifier(encoder, head, config, ranks), named | {"size": head.size}
+        options = {"size": head.size, "resize": head.resize}
+        return _by_classifier(encoder, head, config, ranks), named | options
     options = {"features": config.features, "propagation": asdict(config.propagation)}
     return _by_propagation(encoder, config, ranks), named | options
 

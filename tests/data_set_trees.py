@@ -60,17 +60,24 @@ def _voc(root: Path, images: str, labels: str, sets: str) -> Path:
 
 
 def coco(root: Path) -> Path:
-    """Two images of the curated list, one beside it; pixel maps and instances."""
+    """Two images of the curated list, one beside it; pixel maps and instances.
+
+    And two to learn on, with pixel maps alone.
+    """
     entries = []
-    for number, (inside, outside) in {
-        139: (PEOPLE, SKIES),
-        285: (DOGS, TREES),
-        632: (PEOPLE, TREES),
-    }.items():
+    for number, split, inside, outside in (
+        (139, "val2017", PEOPLE, SKIES),
+        (285, "val2017", DOGS, TREES),
+        (632, "val2017", PEOPLE, TREES),
+        (9, "train2017", PEOPLE, TREES),
+        (25, "train2017", DOGS, SKIES),
+    ):
         name = f"{number:012d}"
-        write(root / "val2017" / f"{name}.jpg", jpeg(number))
-        maps = root / "stuffthingmaps" / "val2017" / f"{name}.png"
+        write(root / split / f"{name}.jpg", jpeg(number))
+        maps = root / "stuffthingmaps" / split / f"{name}.png"
         write(maps, png(block(inside, outside, 255)))
+        if split == "train2017":
+            continue
         size = {"height": HEIGHT, "width": WIDTH}
         entries.append({"id": number, "file_name": f"{name}.jpg", **size})
     value = {"images": entries, "annotations": [], "categories": []}

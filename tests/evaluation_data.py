@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from data_pipeline.build_config import BuildConfig
 from data_pipeline.labelled import LabelledSet, ShardSet, labelled_shards
+from data_pipeline.resize import Resize, resize_nearest
 from data_pipeline.sample import RawSample, UInt8, encode_png
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.sources.item import Listing
-from data_pipeline.whole_images import WholeImages, normalise, resize_nearest
+from data_pipeline.whole_images import WholeImages, normalise
 from data_pipeline.write_shards import build_shards
 from trainer.encoder import Encoder
 from trainer.model import ModelConfig, PixelEncoder, PixelOutput
@@ -119,14 +120,14 @@ class OracleNetwork(nn.Module):
     Saliency logits are 10 on objects, −10 elsewhere and where the label is ignored.
     """
 
-    def __init__(self, sets: list[LabelledSet], size: int) -> None:
+    def __init__(self, sets: list[LabelledSet], size: int, resize: Resize = "opencv") -> None:
         super().__init__()
         self.classes = len(sets[0].classes)
         self.config = ModelConfig(embedding_dim=self.classes, decoder_channels=self.classes)
         self.device_marker = nn.Parameter(torch.zeros(1))
         self.labels: dict[bytes, Tensor] = {}
         for samples in sets:
-            images = WholeImages(samples, size, threads=1)
+            images = WholeImages(samples, size, 1, resize)
             for i in range(len(images)):
                 image = images.read(i)
                 label = resize_nearest(torch.tensor(image.label), (size, size))
@@ -175,8 +176,8 @@ def coloured() -> Encoder:
     return Encoder(ColourNetwork(), step=7)  # type: ignore[arg-type]
 
 
-def oracle(sets: list[LabelledSet], size: int) -> Encoder:
-    return Encoder(OracleNetwork(sets, size), step=7)  # type: ignore[arg-type]
+def oracle(sets: list[LabelledSet], size: int, resize: Resize = "opencv") -> Encoder:
+    return Encoder(OracleNetwork(sets, size, resize), step=7)  # type: ignore[arg-type]
 
 
 def constant(logit: float) -> Encoder:

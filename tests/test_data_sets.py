@@ -16,7 +16,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.sources.voc import VOC_CLASSES
 from evaluation.commands import kmeans as kmeans_command
 from evaluation.commands import options
-from evaluation.datasets import Place, data_set
+from evaluation.datasets import Place, Role, data_set
 from evaluation.kmeans_config import KMeansConfig
 from tests.data_set_trees import (
     BACKGROUND,
@@ -39,7 +39,8 @@ from tests.evaluation_data import OracleNetwork, oracle
 from tests.sample_data import HEIGHT, WIDTH, encode, palette_png, write
 from trainer.encoder import Encoder, load_encoder
 
-SIZE = 40  # images come back to their 20 × 30 pixels exactly
+SIZE = 60  # three times the rows, twice the columns: images come back to their pixels exactly
+SQUARE = SIZE * SIZE // (HEIGHT * WIDTH)
 Tree = Callable[[Path], Path]
 
 
@@ -51,7 +52,8 @@ class Known:
         name: of the data set.
         tree: builds it.
         pixels: of each class that it has.
-        settings: of its published recipe: size, criterion, unit and dimensions of the PCA.
+        settings: of its published recipe: size, criterion, unit and dimensions of the PCA;
+            resize, resolution, classes of the mean, and what centres are fitted on.
         images: in the split.
         options: of the command, files relative to the root.
         published: figures.
@@ -60,7 +62,7 @@ class Known:
     name: str
     tree: Tree
     pixels: dict[str, int]
-    settings: tuple[int, str, str, int]
+    settings: tuple[int | str, ...]
     images: int = 3
     options: tuple[tuple[str, str], ...] = ()
     published: tuple[float, ...] = ()
@@ -70,29 +72,45 @@ VOC_PIXELS = {
     "background": 3 * BACKGROUND,
     **dict.fromkeys(("aeroplane", "boat", "tv monitor"), OBJECT),
 }
-VOC = (512, "iou", "image", 32)
+VOC = (512, "iou", "image", 32, "opencv", "label", "all", "test")
+COCO_81 = (320, "count", "image", 32, "opencv", "image", "present", "test")
+IMAGENET_S = (512, "image", "image", 32, "opencv", "label", "present", "test")
 KNOWN = {
     "voc archive": Known("voc", voc_archive, VOC_PIXELS, VOC, published=(44.2, 38.9, 35.0)),
     "VOCdevkit": Known("voc", voc_devkit, VOC_PIXELS, VOC, published=(44.2, 38.9, 35.0)),
     "COCO-Stuff-81": Known(
         "coco-stuff-81",
         coco,
-        {"background": 3 * BACKGROUND, "person": 2 * OBJECT, "dog": OBJECT},
-        (320, "count", "image", 32),
+        {
+            "background": 3 * BACKGROUND * SQUARE,
+            "person": 2 * OBJECT * SQUARE,
+            "dog": OBJECT * SQUARE,
+        },
+        COCO_81,
         published=(3.7, 8.8),
     ),
     "COCO-Stuff-81, instances": Known(
         "coco-stuff-81",
         coco_instances,
-        {"background": 3 * (BACKGROUND + IGNORED), "person": 2 * OBJECT, "dog": OBJECT},
-        (320, "count", "image", 32),
+        {
+            "background": 3 * (BACKGROUND + IGNORED) * SQUARE,
+            "person": 2 * OBJECT * SQUARE,
+            "dog": OBJECT * SQUARE,
+        },
+        COCO_81,
         published=(3.7, 8.8),
     ),
     "COCO-Stuff-27": Known(
         "coco-stuff-27",
         coco,
-        {"person": OBJECT, "animal": OBJECT, "sky": BACKGROUND, "plant": BACKGROUND},
-        (320, "count", "pixel", 0),
+        # three times as large; of the 30 columns the 20 in the middle, with all of the object
+        {
+            "person": 9 * OBJECT,
+            "animal": 9 * OBJECT,
+            "sky": 9 * (HEIGHT * HEIGHT - OBJECT - HEIGHT),
+            "plant": 9 * (HEIGHT * HEIGHT - OBJECT - HEIGHT),
+        },
+        (320, "count", "pixel", 0, "crop", "image", "present", "train"),
         images=2,
         options=(("--list", "curated.txt"),),
     ),
@@ -100,14 +118,14 @@ KNOWN = {
         "imagenet-s-50",
         imagenet_s_50,
         {"background": 3 * BACKGROUND, **{IDS[50][n - 1]: OBJECT for n in (1, 7, 50)}},
-        (512, "image", "image", 32),
+        IMAGENET_S,
         published=(24.6, 24.2),
     ),
     "ImageNet-S-300": Known(
         "imagenet-s-300",
         imagenet_s_300,
         {"background": 2 * BACKGROUND, "kind 44": OBJECT, "kind 300": OBJECT},
-        (512, "image", "image", 32),
+        IMAGENET_S,
         images=2,
         options=(("--categories", "names.txt"),),
     ),
@@ -115,7 +133,7 @@ KNOWN = {
         "davis-2016",
         davis,
         {"background": 3 * (BACKGROUND + IGNORED), "object": 3 * OBJECT},
-        (512, "iou", "image", 32),
+        (512, "iou", "image", 32, "opencv", "label", "present", "test"),
     ),
 }
 
@@ -130,6 +148,13 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def answers(monkeypatch: pytest.MonkeyPatch, encoder: Encoder) -> None:
     monkeypatch.setattr(options, "load_encoder", lambda path, initial: encoder)
+
+
+def knowing(name: str, place: Place) -> Encoder:
+    """A network that knows the labels of a data set."""
+    known = data_set(name)
+    roles: tuple[Role, ...] = ("test", "train") if known.fit_on == "train" else ("test",)
+    return oracle([known.open(place, role) for role in roles], SIZE, known.resize)
 
 
 def arguments(known: Known, network: Path, root: Path) -> list[object]:
@@ -152,7 +177,7 @@ def test_figures_of_a_network_that_knows_the_labels(
     root = known.tree(tmp_path / "data")
     files = {option: root / file for option, file in known.options}
     place = Place(root, None, files.get("--list"), files.get("--categories"))
-    answers(monkeypatch, oracle([data_set(known.name).open(place, "test")], SIZE))
+    answers(monkeypatch, knowing(known.name, place))
     extra = ("--size", SIZE, "--seeds", 2, "--pca", 0, "--examples", 0)
     status, _, error = evaluate(capsys, *arguments(known, network, root), *extra)
     assert status == 0, error
@@ -160,7 +185,10 @@ def test_figures_of_a_network_that_knows_the_labels(
     result = read_result(tmp_path / "runs/knows", f"{known.name}/kmeans-knows")
     assert result["data_set"] == known.name
     assert result["images"] == known.images
-    assert result["miou"]["values"] == [100, 100]
+    classes = [entry["pixels"] > 0 for entry in result["per_class"]]
+    # of PASCAL's 21 those that no image has count 0
+    miou = 100 * np.mean(classes) if known.name == "voc" else 100
+    assert result["miou"]["values"] == pytest.approx([miou, miou])
     found = {entry["class"]: entry["pixels"] for entry in result["per_class"] if entry["pixels"]}
     assert found == known.pixels
     assert np.trace(result["confusion"]) == sum(known.pixels.values())
@@ -206,7 +234,7 @@ def test_given_masks_are_the_foreground(
     assert status == 0, error
     result = read_result(tmp_path / "runs/knows", "voc/kmeans-knows")
     half = OBJECT // 2
-    ious = [BACKGROUND / (BACKGROUND + half), *[half / OBJECT] * 3]
+    ious = [BACKGROUND / (BACKGROUND + half), *[half / OBJECT] * 3, *[0] * 17]
     assert result["miou"]["values"] == pytest.approx([100 * np.mean(ious)] * 5)
     assert result["metrics"]["image accuracy"] == [100]
     # precision 1, recall 1/2
@@ -227,17 +255,21 @@ def test_published_settings_are_the_defaults(
     root = known.tree(tmp_path / "data")
     files = {option: root / file for option, file in known.options}
     place = Place(root, None, files.get("--list"), files.get("--categories"))
-    answers(monkeypatch, oracle([data_set(known.name).open(place, "test")], SIZE))
+    answers(monkeypatch, knowing(known.name, place))
     seen: list[Any] = []
 
-    def instead(subject: Any, samples: Any, config: KMeansConfig, *rest: Any) -> None:
-        seen.extend([samples, config, rest])
+    def instead(subject: Any, samples: Any, config: KMeansConfig, *rest: Any, **more: Any) -> None:
+        seen.extend([samples, config, rest, more])
         raise InputError("seen")
 
     monkeypatch.setattr(kmeans_command, "run_kmeans", instead)
     assert refused(capsys, *arguments(known, network, root)) == "seen"
-    samples, config, rest = seen
-    assert (config.size, config.criterion, config.unit, config.cluster.pca) == known.settings
+    samples, config, rest, more = seen
+    assert (
+        *(config.size, config.criterion, config.unit, config.cluster.pca),
+        *(config.resize, config.resolution, config.mean, config.fit_on),
+    ) == known.settings
+    assert (more["fit_samples"] is not None) is (config.fit_on == "train")
     assert config.cluster.seeds == (1234, 1235, 1236, 1237, 1238)
     assert (config.cluster.method, config.cluster.clusters) == ("minibatch", 0)
     assert (config.prototype.foreground, config.prototype.threshold) == ("logit", 0.5)

@@ -15,7 +15,8 @@ from data_pipeline.errors import InputError
 from data_pipeline.labelled import ShardSet, labelled_shards
 from data_pipeline.manifest import read_manifest
 from data_pipeline.order import generator
-from data_pipeline.whole_images import WholeImages, normalise, resize_nearest
+from data_pipeline.resize import resize_nearest
+from data_pipeline.whole_images import WholeImages, normalise
 from evaluation.commands.finetune import FRACTIONS, parse_fractions
 from evaluation.crf import CrfConfig
 from evaluation.finetune import FinetuneConfig, evaluate_finetune, learn, learnable_copy

@@ -28,6 +28,7 @@ from tests.evaluation_data import (
     random_encoder,
     scene_shards,
 )
+from tests.published_steps import nearest
 from tests.ranks import run_on_ranks
 from trainer.distributed import Ranks
 from trainer.encoder import Encoder
@@ -113,9 +114,8 @@ def plain_matrix(
         for row in range(height):
             for column in range(width):
                 if (truth := int(image.label[row, column])) >= 0:
-                    # where the pixel's centre falls; float32, as torch rounds where that is an edge
-                    y = int(np.float32(row + 0.5) * np.float32(config.size / height))
-                    x = int(np.float32(column + 0.5) * np.float32(config.size / width))
+                    y = nearest(row, config.size, height)
+                    x = nearest(column, config.size, width)
                     matrix[truth, prediction[y, x]] += 1
     return matrix
 

@@ -15,7 +15,8 @@ from data_pipeline.labelled import ShardSet, labelled_shards
 from data_pipeline.manifest import read_manifest
 from data_pipeline.order import generator
 from data_pipeline.pieces import single_threaded_pool
-from data_pipeline.whole_images import WholeImage, WholeImages, normalise, resize_nearest
+from data_pipeline.resize import resize_nearest
+from data_pipeline.whole_images import WholeImage, WholeImages, normalise
 from evaluation.augmentation import augmented
 from evaluation.crf import CrfConfig, refine
 from evaluation.linear_classifier import LinearClassifier, image_gradients
@@ -319,7 +320,8 @@ def test_the_classifier_of_a_file_is_scored_as_it_is(tinted: tuple[ShardSet, Sha
     assert (result.protocol, refined.protocol) == ("linear", "linear-crf")
     moved = np.abs(result.confusion - learned.confusion).sum()
     assert moved <= 0.01 * result.confusion.sum(), "features were kept with 8 bits"
-    assert result.options == {"own_classifier": True, "size": 40, "precision": "float32"}
+    how = {"own_classifier": True, "size": 40, "precision": "float32"}
+    assert result.options == {**how, "resize": "opencv", "mean": "present"}
 
 
 def test_no_classifier_and_another_number_of_classes_are_refused(

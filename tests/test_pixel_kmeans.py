@@ -1,5 +1,6 @@
 """K-means of all pixels: known answers, a plain implementation, and several ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from evaluation.kmeans_config import KMeansConfig
 from evaluation.pixel_kmeans import nearest_centres
 from evaluation.result import Result
 from tests.evaluation_data import block_shards, oracle, random_encoder, scene_shards
+from tests.published_steps import opencv_nearest
 from tests.ranks import run_on_ranks
 from trainer.distributed import Ranks
 
@@ -59,13 +61,27 @@ def test_every_pixel_is_in_the_cluster_of_its_nearest_centre(scenes: ShardSet) -
         distance = ((unit[None] - centres[:, :, None, None]) ** 2).sum(1)
         prediction = clustering.class_of_cluster[distance.argmin(0)]
         height, width = image.label.shape
-        rows = ((np.arange(height, dtype=np.float32) + 0.5) * np.float32(40 / height)).astype(int)
-        columns = ((np.arange(width, dtype=np.float32) + 0.5) * np.float32(40 / width)).astype(int)
-        large = prediction[rows][:, columns]
+        large = opencv_nearest(prediction, height, width)
         kept = image.label >= 0
         np.add.at(matrix, (image.label[kept], large[kept]), 1)
     assert np.abs(result.confusion - matrix).sum() <= 4, "all but pixels at ties"
     assert (matrix.sum(0) > 0).sum() == 4
+
+
+def test_centres_are_of_the_images_to_fit_on(scenes: ShardSet, tmp_path: Path) -> None:
+    """As COCO-Stuff-27's, which are of train2017; they are scored elsewhere."""
+    encoder, others = random_encoder(), scene_shards(tmp_path, 12, seed=5)
+    there, found_there = evaluate_kmeans(encoder, others, PIXELS, ALONE)
+    config = replace(PIXELS, fit_on="train", mean="all")
+    here, found = evaluate_kmeans(encoder, scenes, config, ALONE, fit_samples=others)
+    assert found.clusters.centres.tolist() == found_there.clusters.centres.tolist()
+    own, found_here = evaluate_kmeans(encoder, scenes, PIXELS, ALONE)
+    assert found.clusters.centres.tolist() != found_here.clusters.centres.tolist()
+    pixels = [result.confusion.sum(1).tolist() for result in (here, own, there)]
+    assert pixels[0] == pixels[1] != pixels[2]
+    assert here.options["fit_on"] == "train"
+    with pytest.raises(InputError, match="--fit-on train needs --unit pixel"):
+        KMeansConfig(fit_on="train")
 
 
 def test_whitened_directions_are_part_of_the_distance() -> None:

@@ -86,7 +86,9 @@ def evaluated(scenes: ShardSet, kind: str) -> tuple[SavedHead, NDArray[np.int64]
         else:
             [result], classifier = score_own_classifier(own_encoder(scenes), scenes, config, ALONE)
         tensors = {"weight": classifier.weight, "bias": classifier.bias}
-        return SavedHead("linear", tensors, scenes.classes, "", SIZE, HALVES, 3), result.confusion
+        return SavedHead(
+            "linear", tensors, scenes.classes, "", SIZE, HALVES, 3, "opencv"
+        ), result.confusion
     prototype = HALVES if kind == "kmeans" else PrototypeConfig()
     unit: Any = "pixel" if kind == "pixel-kmeans" else "image"
     pca = 0 if unit == "pixel" else 4
@@ -192,7 +194,9 @@ def clusters_head(kind: Any, pooling: Any = "normalized") -> SavedHead:
     if kind == "linear":
         tensors = {"weight": centres.float(), "bias": torch.tensor([0, 0.1, -0.1, 0.05])}
     names = ("background", "ant", "bee", "cow")
-    return SavedHead(kind, tensors, names, "", SIZE, PrototypeConfig("logit", 0.1, pooling), 1)
+    return SavedHead(
+        kind, tensors, names, "", SIZE, PrototypeConfig("logit", 0.1, pooling), 1, "opencv"
+    )
 
 
 @pytest.mark.parametrize("shape", [(150, 203), (1, 300), (70, 64)])
@@ -564,7 +568,7 @@ def test_command(
     assert "class folders" not in (out / "imagenet-s" / "method.txt").read_text()
     record = json.loads((out / "classes.json").read_text())
     assert [one["name"] for one in record["classes"]] == list(scenes.classes)
-    late = SavedHead(head.kind, head.tensors, head.classes, "", SIZE, HALVES, 9)
+    late = SavedHead(head.kind, head.tensors, head.classes, "", SIZE, HALVES, 9, "opencv")
     late.write(default)
     status, said = command(run, folder, "--output", tmp_path / "late")
     assert status == 2

@@ -9,7 +9,8 @@ import torch
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import ShardSet, labelled_shards
 from data_pipeline.manifest import read_manifest
-from data_pipeline.whole_images import WholeImages, normalise, resize_nearest
+from data_pipeline.resize import resize_nearest
+from data_pipeline.whole_images import WholeImages, normalise
 from evaluation.prototypes import PrototypeConfig
 from evaluation.result import Result
 from evaluation.retrieval import (

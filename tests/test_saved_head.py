@@ -22,12 +22,14 @@ def clustered() -> SavedHead:
     draw = np.random.default_rng(0)
     clusters = Clusters(draw.normal(size=4), draw.normal(size=(4, 3)), draw.normal(size=(2, 3)))
     tensors = clusters_as_tensors(clusters, [0, 2, -1])
-    return SavedHead("kmeans", tensors, CLASSES, "voc", 160, PrototypeConfig("probability"), 9)
+    return SavedHead(
+        "kmeans", tensors, CLASSES, "voc", 160, PrototypeConfig("probability"), 9, "opencv"
+    )
 
 
 def classifier() -> SavedHead:
     tensors = {"weight": torch.randn(3, 6), "bias": torch.randn(3)}
-    return SavedHead("linear", tensors, CLASSES, "", 512, PrototypeConfig(), 0)
+    return SavedHead("linear", tensors, CLASSES, "", 512, PrototypeConfig(), 0, "opencv")
 
 
 @pytest.mark.parametrize("head", [clustered(), classifier()])

@@ -39,6 +39,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
         {"prototype": PrototypeConfig("probability", 0.5)},
         {"prototype": PrototypeConfig("mask")},
         {"unit": "pixel"},
+        {"resolution": "image"},
+        {"unit": "pixel", "resize": "crop"},
         {"cluster": replace(CLUSTERS, clusters=14)},  # some have no class
         {"cluster": replace(CLUSTERS, clusters=5), "many_to_one": True},
     ],
@@ -50,13 +52,13 @@ def test_maps_are_those_that_were_scored(scenes: ShardSet, options: dict[str, An
     result, clustering = evaluate_kmeans(encoder, scenes, config, ALONE, threads=1)
     matrix = np.zeros_like(result.confusion)
     measures = ImageNetSMetrics(classes)
-    for image, prediction in segmented(
-        encoder, WholeImages(scenes, config.size, 1), config, clustering, ALONE
+    for label, prediction in segmented(
+        encoder, WholeImages(scenes, config.size, 1, config.resize), config, clustering, ALONE
     ):
-        assert prediction.shape == image.label.shape
+        assert prediction.shape == label.shape
         column = np.where(prediction < 0, classes, prediction)
-        matrix += confusion(image.label, column, classes, classes + 1)
-        measures.add(image.label, prediction)
+        matrix += confusion(label, column, classes, classes + 1)
+        measures.add(label, prediction)
     np.testing.assert_array_equal(matrix, result.confusion)
     assert score(matrix).miou == result.values[0]
     plain = measures.scores()

@@ -25,7 +25,7 @@ KNOWN = ("background", "bee", "zebra", "Ant")  # the data set has background, an
 
 def head(weight: list[list[float]], classes: tuple[str, ...] = KNOWN) -> SavedHead:
     tensors = {"weight": torch.tensor(weight), "bias": torch.zeros(len(weight))}
-    return SavedHead("linear", tensors, classes, "zoo", 48, PrototypeConfig(), 7)
+    return SavedHead("linear", tensors, classes, "zoo", 48, PrototypeConfig(), 7, "opencv")
 
 
 # features are one-hot: background, ant, bee, cow. Cows are taken for zebras.

@@ -104,7 +104,7 @@ def red_head(sign: int = 1, width: int = 3) -> SavedHead:
     weight[1, 0] = sign
     tensors = {"weight": weight, "bias": torch.zeros(2)}
     names = ("background", "object")
-    return SavedHead("linear", tensors, names, "davis-2016", SIDE, PrototypeConfig(), 7)
+    return SavedHead("linear", tensors, names, "davis-2016", SIDE, PrototypeConfig(), 7, "opencv")
 
 
 def expected(masks: dict[str, list[NDArray[np.bool_]]], shape: tuple[int, int]) -> dict[str, float]:

@@ -39,6 +39,7 @@ def finetune(
         typer.Option(help="Published lists instead, one key a line; once for each split."),
     ] = None,
     size: common.Size = None,
+    resize: common.Resizing = None,
     epochs: Annotated[int, typer.Option(help="Epochs over the share.")] = 30,
     min_steps: Annotated[int, typer.Option(help="At least so many steps.")] = 2000,
     batch_size: Annotated[int, typer.Option(help="Images a step, over all ranks.")] = 16,
@@ -70,6 +71,7 @@ def finetune(
             augment=augment,
             precision=precision,
             crf=CrfConfig() if crf else None,
+            resize=source.resize(resize),
         )
         shares = parse_fractions(fractions, splits)
         subject = common.open_subject(network, initial, output)

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
 from evaluation.cluster import ClusterConfig
 from evaluation.commands import options as common
 from evaluation.contact_sheets import write_cluster_sheet
-from evaluation.datasets import DataSet
 from evaluation.examples import write_examples
 from evaluation.kmeans import Clustering, evaluate_kmeans
 from evaluation.kmeans_config import DEFAULT_PCA, KMeansConfig
@@ -20,6 +20,29 @@ from evaluation.saved_head import SavedHead, clusters_as_tensors
 from evaluation.segmentation_metrics import segmentation_metrics
 from evaluation.statistics import ImageStatistics
 from trainer.distributed import Ranks, cores_per_rank, same_on_all_ranks
+
+Matched = Annotated[
+    Optional[str],  # noqa: UP045 (typer)
+    typer.Option(help="Matching on iou, count or image; default: the data set's, or iou."),
+]
+Clustered = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Cluster each image's foreground, or every pixel: image or pixel."),
+]
+Scored = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Pixels that are scored: label or image (--size); default: data set's."),
+]
+FitOn = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Centres of pixels are of: test or train; default: the data set's."),
+]
+Pca = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Whitened PCA to so many; 0: none; default 32, of all pixels none."),
+]
+# settings that a data set has its own of
+PER_DATA_SET = ("criterion", "unit", "resolution", "fit_on", "resize", "mean")
 
 
 def kmeans(
@@ -31,32 +54,28 @@ def kmeans(
     masks: common.Masks = None,
     names: common.Names = None,
     categories: common.Categories = None,
+    train_shards: common.TrainShards = None,
     initial: common.Initial = False,
     output: common.Output = None,
     size: common.Size = None,
+    resize: common.Resizing = None,
     clusters: Annotated[int, typer.Option(help="K; 0: the classes without background.")] = 0,
     foreground: common.Foreground = "logit",
     threshold: common.Threshold = 0.5,
     pooling: common.Pooling = "weighted",
     method: Annotated[str, typer.Option(help="minibatch (published) or full.")] = "minibatch",
     starts: Annotated[int, typer.Option(help="Starts of K-means, the best is kept.")] = 3,
-    pca: Annotated[
-        Optional[int],  # noqa: UP045 (typer)
-        typer.Option(help="Whitened PCA to so many; 0: none; default 32, of all pixels none."),
-    ] = None,
+    pca: Pca = None,
     seeds: Annotated[int, typer.Option(help="Clusterings, from seed 1234 on.")] = 5,
     without_foreground: common.WithoutForeground = "zero",
-    criterion: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Matching on iou, count or image; default: the data set's, or iou."),
-    ] = None,
+    criterion: Matched = None,
     many_to_one: Annotated[
         bool, typer.Option("--many-to-one", help="Each cluster its best class (over-clustering).")
     ] = False,
-    unit: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Cluster each image's foreground, or every pixel: image or pixel."),
-    ] = None,
+    unit: Clustered = None,
+    resolution: Scored = None,
+    fit_on: FitOn = None,
+    mean: common.Averaged = None,
     all_metrics: Annotated[
         bool,
         typer.Option("--all-metrics", help="ImageNet-S' as well, in a second pass; there always."),
@@ -75,47 +94,68 @@ def kmeans(
     `maskbank evaluate kmeans runs/voc --data-set voc --root VOCSegmentation`;
     `maskbank evaluate kmeans runs/voc --shards shards/val --clusters 500 --many-to-one`
     """
+    given: dict[str, Any] = dict(locals())
     with same_on_all_ranks():
         source = common.source(data_set, root, split, masks, names, categories)
-        config = _config(
-            source.data_set, source.size(size), clusters, foreground, threshold, pooling, method,
-            starts, pca, seeds, without_foreground, criterion, many_to_one, unit, batch_size,
-            precision,
-        )  # fmt: skip
+        config = _config(source, given)
         subject = common.open_subject(network, initial, output)
         config.require(subject.encoder)
         samples = source.open("test", shards, "--shards")
+        fit_samples = open_fit_samples(source, config, train_shards)
     ranks = common.start(device)
-    common.check_samples(samples, ranks)
+    for one in (samples, fit_samples):
+        if one is not None:
+            common.check_samples(one, ranks)
     every = all_metrics or source.name.startswith("imagenet-s-")
-    result = run_kmeans(subject, samples, config, source.name, ranks, examples, every)
+    result = run_kmeans(
+        *(subject, samples, config, source.name, ranks, examples, every), fit_samples=fit_samples
+    )
     common.finish([result], subject, source, ranks, html)
 
 
-def _config(
-    known: DataSet | None, size: int, clusters: int, foreground: Any, threshold: float,
-    pooling: Any, method: Any, starts: int, pca: int | None, seeds: int, without_foreground: Any,
-    criterion: Any, many_to_one: bool, unit: Any, batch_size: int, precision: str,
-) -> KMeansConfig:  # fmt: skip
+def _config(source: common.Source, given: dict[str, Any]) -> KMeansConfig:
     """The options, which the configurations check, with the data set's own for those not given."""
-    unit = unit or ("image" if known is None else known.unit)
-    if pca is None:
-        pca = DEFAULT_PCA.get(unit, 0)
+    known = {name: given[name] for name in PER_DATA_SET if given[name]}
+    settings = {**data_set_settings(source), **known}
+    if settings["unit"] == "image":
+        settings["fit_on"] = given["fit_on"] or "test"
+    pca = DEFAULT_PCA.get(settings["unit"], 0) if given["pca"] is None else given["pca"]
+    seeds = tuple(range(1234, 1234 + given["seeds"]))
     return KMeansConfig(
-        size=size,
-        prototype=PrototypeConfig(foreground, threshold, pooling),
+        size=source.size(given["size"]),
+        prototype=PrototypeConfig(given["foreground"], given["threshold"], given["pooling"]),
         cluster=ClusterConfig(
-            *(clusters, method, starts),
+            *(given["clusters"], given["method"], given["starts"]),
             pca=pca,
-            seeds=tuple(range(1234, 1234 + seeds)),
-            without_foreground=without_foreground,
+            seeds=seeds,
+            without_foreground=given["without_foreground"],
         ),
-        criterion=criterion or ("iou" if known is None else known.criterion),
-        many_to_one=many_to_one,
-        unit=unit,
-        batch_size=batch_size,
-        precision=precision,
+        many_to_one=given["many_to_one"],
+        batch_size=given["batch_size"],
+        precision=given["precision"],
+        **settings,
     )
+
+
+def data_set_settings(source: common.Source) -> dict[str, Any]:
+    """What a data set says of K-means, by name in `KMeansConfig`; the defaults for shards."""
+    known: Any = KMeansConfig() if source.data_set is None else source.data_set
+    return {name: getattr(known, name) for name in PER_DATA_SET}
+
+
+def open_fit_samples(
+    source: common.Source, config: KMeansConfig, train_shards: Path | None
+) -> LabelledSet | None:
+    """The images that centres are fitted on, where those are not the ones that are scored.
+
+    Raises:
+        InputError: they are not there, or were given in vain.
+    """
+    if config.fit_on == "train":
+        return source.open("train", train_shards, "--train-shards")
+    if train_shards is not None:
+        raise InputError("--train-shards are clustered with --fit-on train --unit pixel alone")
+    return None
 
 
 def run_kmeans(
@@ -127,10 +167,12 @@ def run_kmeans(
     examples: int = 12,
     all_metrics: bool = False,
     statistics: ImageStatistics | None = None,
+    fit_samples: LabelledSet | None = None,
 ) -> Result:
     """Evaluates, and writes the centres and pictures for the report beside the results."""
     result, clustering = evaluate_kmeans(
-        subject.encoder, samples, config, ranks, subject.name, cores_per_rank(), statistics
+        *(subject.encoder, samples, config, ranks, subject.name, cores_per_rank()),
+        *(statistics, fit_samples),
     )
     result = replace(result, protocol=protocol_name(config, len(samples.classes)))
     if all_metrics:
@@ -177,4 +219,5 @@ def saved_clusters(
         size=config.size,
         prototype=config.prototype,
         step=step,
+        resize=config.resize,
     )

@@ -36,6 +36,7 @@ def linear(
     initial: common.Initial = False,
     output: common.Output = None,
     size: common.Size = None,
+    resize: common.Resizing = None,
     epochs: Annotated[int, typer.Option(help="Epochs of the classifier.")] = 60,
     decay_epoch: Annotated[int, typer.Option(help="The rate is a tenth after it.")] = 25,
     batch_size: Annotated[int, typer.Option(help="Images a step, over all ranks.")] = 16,
@@ -52,6 +53,7 @@ def linear(
         Optional[Path],  # noqa: UP045 (typer)
         typer.Option(help="Folder for features, gigabytes; default: that of the results."),
     ] = None,
+    mean: common.Averaged = None,
     precision: common.Precision = "float32",
     device: common.Device = "auto",
     html: common.Html = False,
@@ -78,6 +80,8 @@ def linear(
             precision=precision,
             seeds=tuple(range(seeds)),
             crf=CrfConfig() if crf else None,
+            resize=source.resize(resize),
+            mean=source.mean(mean),
         )
         subject = common.open_subject(network, initial, output)
         sets = _open(source, subject, own_classifier, train_shards, shards)
@@ -141,6 +145,7 @@ def run_linear(
             size=config.size,
             prototype=PrototypeConfig(),
             step=subject.encoder.step,
+            resize=config.resize,
         )
         head.write(folder / f"linear-{subject.name}.safetensors")
     return results

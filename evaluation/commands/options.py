@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import torch
 import typer
@@ -53,6 +53,22 @@ Size = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="Images are resized to this side, pixels; default: the data set's, or 512."),
 ]
+Resizing = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--resize",
+        help="Images to squares: opencv (published), antialias, or crop (the centre, as published "
+        "for COCO-Stuff-27); default: the data set's, or opencv.",
+    ),
+]
+Averaged = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--mean",
+        help="mIoU over all classes (one that the truth lacks counts 0) or those present; default: "
+        "the data set's, or present.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Images a forward pass.")]
 Foreground = Annotated[
     str, typer.Option(help="Threshold on logit (published) or probability; or mask: given ones.")
@@ -101,6 +117,13 @@ class Source:
         if given is not None:
             return given
         return 512 if self.data_set is None else self.data_set.size
+
+    def resize(self, given: str | None) -> Any:
+        """For a configuration, which checks it; so `mean`."""
+        return given or ("opencv" if self.data_set is None else self.data_set.resize)
+
+    def mean(self, given: str | None) -> Any:
+        return given or ("present" if self.data_set is None else self.data_set.mean)
 
 
 def source(

@@ -29,6 +29,7 @@ def retrieval(
     initial: common.Initial = False,
     output: common.Output = None,
     size: common.Size = None,
+    resize: common.Resizing = None,
     foreground: common.Foreground = "logit",
     threshold: common.Threshold = 0.5,
     pooling: common.Pooling = "weighted",
@@ -36,6 +37,7 @@ def retrieval(
         str, typer.Option(help="Pixels that are scored: of the image at --size, or of the label.")
     ] = "image",
     batch_size: common.BatchSize = 16,
+    mean: common.Averaged = None,
     precision: common.Precision = "float32",
     device: common.Device = "auto",
     html: common.Html = False,
@@ -55,6 +57,8 @@ def retrieval(
             where,
             batch_size,
             precision,
+            source.resize(resize),
+            source.mean(mean),
         )
         subject = common.open_subject(network, initial, output)
         config.require(subject.encoder)

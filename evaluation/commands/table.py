@@ -12,7 +12,7 @@ from data_pipeline.whole_images import WholeImages
 from evaluation.cluster import ClusterConfig
 from evaluation.commands import options as common
 from evaluation.commands.finetune import parse_fractions, run_finetune
-from evaluation.commands.kmeans import run_kmeans
+from evaluation.commands.kmeans import data_set_settings, run_kmeans
 from evaluation.commands.linear import run_linear
 from evaluation.commands.retrieval import run_retrieval
 from evaluation.commands.video import learn_head, run_video
@@ -56,6 +56,7 @@ def table(
         typer.Option(help=f"Some of {', '.join(ROWS)}; default: all that the data allow."),
     ] = None,
     size: common.Size = None,
+    resize: common.Resizing = None,
     foreground: common.Foreground = "logit",
     threshold: common.Threshold = 0.5,
     pooling: common.Pooling = "weighted",
@@ -76,6 +77,7 @@ def table(
     splits: Annotated[int, typer.Option(help="Of fine-tuning: draws of each share.")] = 3,
     finetune_epochs: Annotated[int, typer.Option(help="Of fine-tuning.")] = 30,
     min_steps: Annotated[int, typer.Option(help="Of fine-tuning, at least.")] = 2000,
+    mean: common.Averaged = None,
     precision: common.Precision = "float32",
     device: common.Device = "auto",
     html: common.Html = False,
@@ -95,7 +97,7 @@ def table(
             subjects.append(common.open_subject(network, True, output))
         for subject in subjects:
             plan.require(subject)
-        sets = _open(source, plan.rows, shards, train_shards, bank_shards)
+        sets = _open(source, plan, shards, train_shards, bank_shards)
     _evaluate(subjects, sets, plan, source, device, html)
 
 
@@ -147,11 +149,11 @@ class Plan:
 
 def _plan(source: common.Source, given: dict[str, Any]) -> Plan:
     """The options as the configurations of the rows, which check them."""
-    known = source.data_set
     size, precision = source.size(given["size"]), given["precision"]
-    unit = "image" if known is None else known.unit
+    resize, mean = source.resize(given["resize"]), source.mean(given["mean"])
+    settings = data_set_settings(source) | {"resize": resize, "mean": mean}
     prototype = PrototypeConfig(given["foreground"], given["threshold"], given["pooling"])
-    pca = DEFAULT_PCA[unit] if given["pca"] is None else given["pca"]
+    pca = DEFAULT_PCA[settings["unit"]] if given["pca"] is None else given["pca"]
     return Plan(
         rows=_rows(source, given),
         kmeans=KMeansConfig(
@@ -163,13 +165,12 @@ def _plan(source: common.Source, given: dict[str, Any]) -> Plan:
                 pca=pca,
                 without_foreground=given["without_foreground"],
             ),
-            criterion="iou" if known is None else known.criterion,
-            unit=unit,
             precision=precision,
+            **settings,
         ),
         clusters=given["clusters"],
         all_metrics=source.name.startswith("imagenet-s"),
-        retrieval=RetrievalConfig(size, prototype, precision=precision),
+        retrieval=RetrievalConfig(size, prototype, precision=precision, resize=resize, mean=mean),
         linear=LinearConfig(
             size=size,
             epochs=given["epochs"],
@@ -177,14 +178,17 @@ def _plan(source: common.Source, given: dict[str, Any]) -> Plan:
             augment=given["augment"],
             precision=precision,
             crf=CrfConfig() if given["crf"] else None,
+            resize=resize,
+            mean=mean,
         ),
         finetune=FinetuneConfig(
             size=size,
             epochs=given["finetune_epochs"],
             min_steps=given["min_steps"],
             precision=precision,
+            resize=resize,
         ),
-        video=VideoConfig(size, prototype, precision=precision),
+        video=VideoConfig(size, prototype, precision=precision, resize=resize),
         fractions=parse_fractions(given["fractions"], given["splits"]),
         splits=given["splits"],
     )
@@ -213,14 +217,16 @@ def _rows(source: common.Source, given: dict[str, Any]) -> tuple[str, ...]:
 
 def _open(
     source: common.Source,
-    rows: tuple[str, ...],
+    plan: Plan,
     shards: Path | None,
     train_shards: Path | None,
     bank_shards: Path | None,
 ) -> dict[str, LabelledSet]:
     """The sets that the rows need, by role."""
     sets: dict[str, LabelledSet] = {"test": source.open("test", shards, "--shards")}
-    needed = {_NEEDS[row] for row in rows if row in _NEEDS}
+    needed = {_NEEDS[row] for row in plan.rows if row in _NEEDS}
+    if "kmeans" in plan.rows and plan.kmeans.fit_on == "train":
+        needed.add("train")
     if "train" in needed:
         sets["train"] = source.open("train", train_shards, "--train-shards")
         require_comparable(sets["train"], sets["test"])
@@ -230,7 +236,7 @@ def _open(
         else:
             given = bank_shards or (train_shards if source.data_set is None else None)
             sets["bank"] = source.open("bank", given, "--bank-shards")
-    if "video" in rows:
+    if "video" in plan.rows:
         sequences_of(sets["test"])
     return sets
 
@@ -277,13 +283,16 @@ def run_table(
     clusterings += plan.over_clusterings() if "over-clustering" in plan.rows else []
     statistics = None
     if clusterings and plan.kmeans.unit == "image":
-        images = WholeImages(test, plan.kmeans.size, cores_per_rank())
+        images = WholeImages(test, plan.kmeans.size, cores_per_rank(), plan.kmeans.resize)
         statistics = image_statistics(subject.encoder, images, plan.kmeans, ranks)
     for config in clusterings:
         every = plan.all_metrics and not config.many_to_one
         results.append(
             run_kmeans(
-                *(subject, test, config, data_set, ranks), all_metrics=every, statistics=statistics
+                *(subject, test, config, data_set, ranks),
+                all_metrics=every,
+                statistics=statistics,
+                fit_samples=sets.get("train") if config.fit_on == "train" else None,
             )
         )
     if "retrieval" in plan.rows:

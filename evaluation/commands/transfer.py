@@ -1,7 +1,7 @@
 """`maskbank evaluate transfer`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -29,6 +29,10 @@ def transfer(
     initial: common.Initial = False,
     output: common.Output = None,
     size: common.Size = None,
+    resize: Annotated[
+        Optional[str],  # noqa: UP045 (typer)
+        typer.Option(help="Images to squares: opencv, antialias, crop; default: the classifier's."),
+    ] = None,
     unknown: Annotated[
         str, typer.Option(help="Pixels of classes it does not know: ignore or background.")
     ] = "ignore",
@@ -48,7 +52,9 @@ def transfer(
     """
     with same_on_all_ranks():
         source = common.source(data_set, root, split, None, names, categories)
-        config = TransferConfig(size, unknown, batch_size, precision, CrfConfig() if crf else None)
+        refined = CrfConfig() if crf else None
+        how: Any = resize  # the configuration checks it
+        config = TransferConfig(size, unknown, batch_size, precision, refined, how)
         head = read_head(classifier)
         subject = common.open_subject(network, initial, output)
         samples = source.open("test", shards, "--shards")

@@ -126,6 +126,7 @@ def _learning(config: VideoConfig, epochs: int, decay_epoch: int, augment: bool)
         select="last",
         evaluate_every=epochs,
         precision=config.precision,
+        resize=config.resize,
     )
 
 
@@ -153,6 +154,7 @@ def learn_head(
         size=learning.size,
         prototype=PrototypeConfig(),
         step=subject.encoder.step,
+        resize=learning.resize,
     )
     if ranks.is_main:
         head.write(folder / f"davis-classifier-{subject.name}.safetensors")
