@@ -180,7 +180,12 @@ def train(
         *(sys.executable, "-m", "launch.ranks", "--standalone", f"--nproc-per-node={ranks}"),
         *("-m", *program, "--recipe", "voc_unsupervised_saliency"),
         *(f"data.shards={manifest.root}", f"run.directory={run}", f"run.device={DEVICE.type}"),
-        *(f"data.batch_size={16 * ranks}", "run.tensorboard=false", *settings),
+        *(
+            f"data.batch_size={16 * ranks}",
+            "run.tensorboard=false",
+            "run.precision=bf16",
+            *settings,
+        ),
     ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=150)

@@ -39,7 +39,7 @@ VOC_IMAGES = {"2007_000032": 1, "2007_000061": 4, "2008_000001": 20}
 
 def voc_archive(root: Path) -> Path:
     """The released archive: palette labels, 255 ignored, and masks of the upper half of objects."""
-    return _voc(root, "images", "SegmentationClassAug", "sets")
+    return _voc(root, "images", "SegmentationClass", "sets")
 
 
 def voc_devkit(root: Path) -> Path:

@@ -32,7 +32,7 @@ def test_recipes_hold_the_papers_values(
     config = load_config(recipe)
     assert (config.data.batch_size, config.bank.capacity) == (batch, capacity)
     assert (config.model.freeze, config.model.start) == (freeze, start)
-    assert (config.run.epochs, config.run.steps) == (40, 0)
+    assert (config.run.epochs, config.run.steps, config.run.precision) == (40, 0, "float32")
     assert (config.model.backbone, config.model.embedding_dim) == ("resnet50", 32)
     assert (config.model.atrous_rates, config.model.decoder_channels) == ((12, 24, 36), 256)
     assert (config.model.dropout, config.model.momentum) == (0.5, 0.999)

@@ -336,7 +336,7 @@ def test_a_missing_list(tmp_path: Path, said: Callable[..., str]) -> None:
 
 def test_missing_labels_are_named_and_counted(tmp_path: Path, said: Callable[..., str]) -> None:
     root = voc_archive(tmp_path / "data")
-    lost = [root / "SegmentationClassAug" / f"{name}.png" for name in list(VOC_IMAGES)[1:]]
+    lost = [root / "SegmentationClass" / f"{name}.png" for name in list(VOC_IMAGES)[1:]]
     for path in lost:
         path.unlink()
     text = said(root)
@@ -357,7 +357,7 @@ def test_labels_that_cannot_be(tmp_path: Path, said: Callable[..., str]) -> None
     root = voc_archive(tmp_path / "values")
     for name in list(VOC_IMAGES)[:2]:
         label = block(21, 0, 255).astype(np.uint8)
-        write(root / "SegmentationClassAug" / f"{name}.png", palette_png(label))
+        write(root / "SegmentationClass" / f"{name}.png", palette_png(label))
     text = said(root)
     assert f"{root}/images/2007_000032.jpg" in text
     assert "21" in text
@@ -365,7 +365,7 @@ def test_labels_that_cannot_be(tmp_path: Path, said: Callable[..., str]) -> None
 
     root = voc_archive(tmp_path / "sizes")
     small = block(1, 0, 255)[:10].astype(np.uint8)
-    write(root / "SegmentationClassAug" / "2008_000001.png", palette_png(small))
+    write(root / "SegmentationClass" / "2008_000001.png", palette_png(small))
     text = said(root)
     assert f"{root}/images/2008_000001.jpg" in text
     assert "30" in text

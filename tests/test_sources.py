@@ -5,6 +5,7 @@ import pickle
 import re
 import tempfile
 import tracemalloc
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -319,12 +320,38 @@ def test_vocdevkit_with_masks_from_elsewhere(tmp_path: Path) -> None:
     assert failed == {"JPEGImages/2008_000001.jpg": reason}
 
 
-def test_the_augmented_labels_are_preferred(tmp_path: Path) -> None:
-    vocdevkit_tree(tmp_path, {"train": ["a"]})
-    augmented = np.full((20, 30), 7, np.uint8)
-    write(tmp_path / "VOC2012" / "SegmentationClassAug" / "a.png", encode(augmented))
-    items, _ = contents(list_voc(tmp_path, "train"))
-    np.testing.assert_array_equal(pixels(items["a"].read().label), augmented)
+@pytest.mark.parametrize("tree", [released_tree, vocdevkit_tree])
+def test_only_trainaug_takes_the_augmented_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tree: Callable[..., Path]
+) -> None:
+    """The published code's choice, with another label of the same images in either folder."""
+    splits = {"trainaug": ["a", "b"], "train": ["a"], "val": ["b"], "cat": ["a"]}
+    tree(tmp_path, splits)
+    root = tmp_path if tree is released_tree else tmp_path / "VOC2012"
+    of_folder = {"SegmentationClassAug": 7, "SegmentationClass": 3}
+    for folder, value in of_folder.items():
+        for name in "ab":
+            write(root / folder / f"{name}.png", encode(np.full((20, 30), value, np.uint8)))
+
+    def found(split: str) -> set[int]:
+        listing = list_voc(tmp_path, split)
+        items, failed = contents(listing)
+        assert (sorted(items), failed) == (sorted(splits[split]), {})
+        [value] = {int(v) for item in items.values() for v in np.unique(pixels(item.read().label))}
+        assert of_folder[str(listing.description["labels"])] == value
+        return {value}
+
+    expected = {"trainaug": {7}, "train": {3}, "val": {3}, "cat": {3}}
+    assert {split: found(split) for split in splits} == expected
+    assert caplog.text == ""
+    # the augmented ones are of trainaug alone, as some copies have them
+    (root / "SegmentationClassAug" / "b.png").unlink()
+    assert found("val") == {3}
+    # where a folder is not there at all, the other is better than nothing, and it is said
+    (root / "SegmentationClass").rename(root / "away")
+    assert found("train") == {7}
+    assert "has no SegmentationClass, where the published labels of train are" in caplog.text
+    assert "taken from SegmentationClassAug" in caplog.text
 
 
 def test_an_unknown_split_lists_the_splits(tmp_path: Path) -> None:

@@ -4,10 +4,15 @@
 |---|---|
 | `images/KEY.jpg` | `JPEGImages/KEY.jpg` |
 | `saliency_{un,}supervised_model/KEY.png` | none: give a folder of masks, or build without |
-| `SegmentationClassAug/KEY.png` | the same, or `SegmentationClass/KEY.png` |
+| `SegmentationClassAug/KEY.png` (trainaug) | the same |
+| `SegmentationClass/KEY.png` (all other splits) | the same |
 | `sets/SPLIT.txt` | `ImageSets/Segmentation/SPLIT.txt` |
+
+As in the published evaluation: trainaug's labels are mostly those of Hariharan et al. (ICCV 2011),
+train and val have PASCAL's own.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +28,9 @@ VOC_CLASSES = (
 )
 _IMAGES = ("images", "JPEGImages")
 _SETS = ("sets", "ImageSets/Segmentation")
-_LABELS = ("SegmentationClassAug", "SegmentationClass")
+_AUGMENTED, _OWN = "SegmentationClassAug", "SegmentationClass"
+
+log = logging.getLogger(__name__)
 
 
 def list_voc(root: Path, split: str, masks: str | None = None, labels: bool = True) -> Listing:
@@ -42,7 +49,7 @@ def list_voc(root: Path, split: str, masks: str | None = None, labels: bool = Tr
     images = _first(root, _IMAGES, "images")
     names = _read_list(_first(root, _SETS, "split lists"), split)
     mask_folder = None if masks is None else _mask_folder(root, masks)
-    label_folder = _first(root, _LABELS, "labels") if labels else None
+    label_folder = _label_folder(root, split) if labels else None
     description = {
         "source": "voc",
         "root": str(root),
@@ -88,6 +95,19 @@ def _first(root: Path, names: tuple[str, ...], what: str) -> Path:
             return root / name
     hint = "; --no-labels builds without them" if what == "labels" else ""
     raise InputError(f"{root} has no folder of {what}: looked for {', '.join(names)}{hint}")
+
+
+def _label_folder(root: Path, split: str) -> Path:
+    """The folder of a split's labels, or the other one, with a warning, where that is missing."""
+    names = (_AUGMENTED, _OWN) if split == "trainaug" else (_OWN, _AUGMENTED)
+    folder = _first(root, names, "labels")
+    if folder.name != names[0]:
+        log.warning(
+            "%s has no %s, where the published labels of %s are: they are taken from %s, and "
+            "figures on them are not comparable with published ones",
+            *(root, names[0], split, folder.name),
+        )
+    return folder
 
 
 def _mask_folder(root: Path, masks: str) -> Path:
