@@ -121,7 +121,11 @@ def _build(
     with progress_bar("building", "samples · {task.fields[failed]} failed") as bar:
         try:
             manifest = build_shards(
-                listing, as_location(output), config, options, lambda plan: _advance(bar, plan)
+                listing,
+                as_location(output),
+                config,
+                options,
+                lambda plan: _advance(bar, plan, retry_failed),
             )
         except KeyboardInterrupt:  # the framework would print a bare "Aborted"
             raise Interrupted(
@@ -137,11 +141,11 @@ def _build(
         _summary(manifest, output, time.monotonic() - start)
 
 
-def _advance(bar: Progress, plan: Plan) -> Callable[[int, int], None]:
+def _advance(bar: Progress, plan: Plan, retry_failed: bool) -> Callable[[int, int], None]:
     """Shows what is done, as a bar on a terminal and in tenths elsewhere."""
     total, done, failed = plan.samples, 0, plan.unmatched
     task = bar.add_task("", total=total, failed=failed)
-    if plan.passed_over:
+    if plan.passed_over and not retry_failed:
         console.print(
             f"{plan.passed_over:,} samples are passed over, as their keys are in the set already; "
             "if they are others, --key-prefix gives them keys of their own",
@@ -194,5 +198,8 @@ def _summary(manifest: Manifest, output: str, seconds: float) -> None:
             counts = failure_counts(file)
         for reason, count in islice(counts.items(), 10):
             console.print(f"  {count:>7,}  {reason}", markup=False, highlight=False, soft_wrap=True)
-        if any(not reason.startswith("duplicate") for reason in counts):
+        stages = {reason.partition(":")[0] for reason in counts}
+        if stages - {"duplicate", "match"}:
             console.print("Mend them and run the same command with --retry-failed.")
+        if "match" in stages:  # these are in no shard yet
+            console.print("Mend what was not matched and run the same command with --append.")

@@ -12,7 +12,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import encode_json, parse_json
 from data_pipeline.manifest import FILE_NAME as MANIFEST
 from data_pipeline.plan import Plan
-from data_pipeline.shard_file import read_marker
+from data_pipeline.shard_file import DUPLICATE, Marker, read_marker, shard_stem
 from data_pipeline.sources.item import Listing
 from data_pipeline.store import Store
 
@@ -39,13 +39,18 @@ class Generation:
     samples: int
     fingerprint: str
 
+    @property
+    def numbers(self) -> range:
+        """Of its shards."""
+        return range(self.first_shard, self.first_shard + self.shards)
+
 
 class BuildRecord:
     """The generations of a folder, and which of them this run writes.
 
     Attributes:
         generations: all, the one under way included once it has begun.
-        number: of the generation that this run writes.
+        numbers: of the generations that this run writes: one, unless it retries what failed.
     """
 
     def __init__(
@@ -61,18 +66,19 @@ class BuildRecord:
         self.finished = finished
         self._configuration = configuration
         self._options = options
-        self.number = self._choose()
+        self.numbers = self._choose()
 
-    def plan(self, listing: Listing, config: BuildConfig) -> Plan:
-        """Plans this run's generation: new numbers, and what earlier ones have left."""
-        earlier = self.generations[: self.number]
+    def plan(self, number: int, listing: Listing, config: BuildConfig) -> Plan:
+        """Plans a generation: new numbers, and what others have left."""
+        earlier = self.generations[:number]
         first_shard = earlier[-1].first_shard + earlier[-1].shards if earlier else 0
         only = None
         if self._options.retry_failed:
-            only = _keys(self.store, self.generations[self.number : self.number + 1])
-        return Plan(listing, config, first_shard, _keys(self.store, earlier), only)
+            only = _keys(self.store, self.generations[number : number + 1])
+        others = [*earlier, *self.generations[number + 1 :]]
+        return Plan(listing, config, first_shard, _keys(self.store, others), only)
 
-    def begin(self, plan: Plan, classes: tuple[str, ...]) -> Generation:
+    def begin(self, number: int, plan: Plan, classes: tuple[str, ...]) -> Generation:
         """Writes down what is going to be built, or checks that it is what was begun.
 
         Raises:
@@ -87,8 +93,8 @@ class BuildRecord:
             plan.samples,
             plan.fingerprint,
         )
-        if self.number < len(self.generations):
-            self._check_same(generation)
+        if number < len(self.generations):
+            self._check_same(self.generations[number], generation)
             return generation
         if self.generations and self.generations[0].classes != classes:
             raise InputError(
@@ -96,33 +102,47 @@ class BuildRecord:
                 f"what is to be appended {', '.join(classes) or 'none'}; use another folder"
             )
         if self.generations and not plan.samples:
-            self.number -= 1  # nothing to append: the last one is finished once more
-            return self.generations[-1]
+            return self.generations[-1]  # nothing to append: that one is finished once more
         if plan.unmatched:
-            with self.store.writing(f"unmatched-{self.number:03d}.jsonl") as file:
+            with self.store.writing(f"unmatched-{number:03d}.jsonl") as file:
                 for failure in plan.unmatched_failures():
                     file.write(encode_json(asdict(failure)) + b"\n")
         self.generations.append(generation)
         self._write()
         return generation
 
-    def _choose(self) -> int:
-        """The number of the generation that this run writes, or goes on with."""
+    def _choose(self) -> list[int]:
+        """The number of the generation that this run writes, or goes on with; or all to retry."""
         append, count = self._options.append, len(self.generations)
         if not count:
             if append or self._options.retry_failed:
                 raise InputError(f"{self.store} holds no build yet; leave out the option")
-            return 0
+            return [0]
         if append and self.finished == count:
-            return count
+            return [count]
         if append and count == 1:
             raise InputError(
                 f"the build in {self.store} is not finished; run its command again first"
             )
-        for number in reversed(range(count)):
-            if self.generations[number].configuration == self._configuration:
-                return number
-        raise InputError(self._difference(self.generations[-1].configuration))
+        same = [
+            number
+            for number, generation in enumerate(self.generations)
+            if generation.configuration == self._configuration
+        ]
+        if not same:
+            raise InputError(self._difference(self.generations[-1].configuration))
+        if self._options.retry_failed:
+            return [number for number in same if self._has_failed(number)] or same[-1:]
+        names = self.store.names()  # a retry that was killed leaves gaps in earlier ones
+        return [number for number in same if not self._is_complete(number, names)] or same[-1:]
+
+    def _is_complete(self, number: int, names: set[str]) -> bool:
+        return all(f"{shard_stem(n)}.json" in names for n in self.generations[number].numbers)
+
+    def _has_failed(self, number: int) -> bool:
+        """Whether a generation has samples that can be tried again."""
+        markers = _markers(self.store, self.generations[number])
+        return any(each["stage"] != DUPLICATE for one in markers for each in one["failures"])
 
     def _difference(self, before: dict[str, Any]) -> str:
         """Names what was decided otherwise before."""
@@ -137,8 +157,7 @@ class BuildRecord:
             f"Give the same options to go on with it, or give --output another folder"
         )
 
-    def _check_same(self, now: Generation) -> None:
-        before = self.generations[self.number]
+    def _check_same(self, before: Generation, now: Generation) -> None:
         if now.fingerprint == before.fingerprint and now.classes == before.classes:
             return
         if now.classes != before.classes:
@@ -205,11 +224,16 @@ def _finished(store: Store, names: set[str]) -> int:
 def _keys(store: Store, generations: list[Generation]) -> Iterator[str]:
     """Keys of all samples that generations were planned with, whatever became of them."""
     for generation in generations:
-        for number in range(generation.first_shard, generation.first_shard + generation.shards):
-            marker = read_marker(store, number)
-            if marker is None:
-                raise InputError(
-                    f"{store} lacks shard {number}; run the command that built it again first"
-                )
+        for marker in _markers(store, generation):
             for part in ("samples", "failures"):
                 yield from (each["key"] for each in marker[part])
+
+
+def _markers(store: Store, generation: Generation) -> Iterator[Marker]:
+    for number in generation.numbers:
+        marker = read_marker(store, number)
+        if marker is None:
+            raise InputError(
+                f"{store} lacks shard {number}; run the command that built it again first"
+            )
+        yield marker

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,6 +55,49 @@ class OpenFile:
         descriptor = getattr(self, "descriptor", None)
         if descriptor is not None:
             os.close(descriptor)
+
+
+def require_writable(folder: Path, option: str = "--output") -> None:
+    """Raises InputError where nothing can be written below `folder`, which need not exist yet.
+
+    For use before any work. Leaves nothing behind: a nameless file is made in the nearest folder
+    that exists, since access rights alone do not tell (root, read-only and special file systems).
+    """
+    _require_writable(folder, f"{option} {folder}")
+
+
+def require_writable_file(path: Path, option: str = "--output") -> None:
+    """The same for a file, which may exist already: InputError unless it can be written."""
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a folder; give the path of a file")
+    # writing replaces what is there, which would turn /dev/null into a file
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path} is a device or a pipe; give the path of a file")
+    _require_writable(path.parent, f"{option} {path}")
+
+
+def _require_writable(place: Path, named: str) -> None:
+    try:
+        while not _exists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise InputError(f"{named} cannot be used: {place} is not a folder; give another path")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{named} cannot be written to ({place}: {error.strerror}); give another path, or mend "
+            "its permissions"
+        ) from None
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something of that name; OSError where that cannot be told."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def encode_json(value: Any, indent: int | None = None) -> bytes:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,6 +25,7 @@ from data_pipeline.manifest import (
 from data_pipeline.sample import INFO
 from data_pipeline.scratch import scratch_database
 from data_pipeline.shard_file import (
+    DUPLICATE,
     Marker,
     ShardWriter,
     read_components,
@@ -37,7 +38,6 @@ from data_pipeline.sources.item import Failure
 from data_pipeline.store import LocalStore, Store
 from data_pipeline.workers import run_tasks
 
-DUPLICATE = "duplicate"  # stage of a failure
 BEFORE = "manifest.before.json"
 _SAMPLES = "CREATE TABLE sample (content BLOB, earlier INTEGER, key TEXT, shard INTEGER)"
 
@@ -63,25 +63,25 @@ class _Loss:
 
 
 def finish(
-    store: Store, record: BuildRecord, current: Generation, written: set[int], processes: int
+    store: Store,
+    record: BuildRecord,
+    current: Sequence[Generation],
+    written: set[int],
+    processes: int,
 ) -> Manifest | None:
     """Completes the folder if all shards are there; `None` if some of other nodes are not.
 
     Args:
         store: the folder.
         record: its generations.
-        current: the one that this run has written.
+        current: those that this run has written.
         written: numbers of shards that this run has written or written again.
         processes: workers.
 
     Raises:
         InputError: not one sample could be used.
     """
-    numbers = [
-        number
-        for generation in record.generations
-        for number in range(generation.first_shard, generation.first_shard + generation.shards)
-    ]
+    numbers = [number for generation in record.generations for number in generation.numbers]
     names = store.names()
     if not names.issuperset(f"{shard_stem(number)}.json" for number in numbers):
         return None
@@ -92,11 +92,13 @@ def finish(
     with _only_finisher(store) as chosen:
         if not chosen:
             return None
-        if current.configuration.get("duplicates") == "drop":
-            # later generations were built knowing of these
-            so_far = [n for n in numbers if n < current.first_shard + current.shards]
-            losses = list(_find_duplicates(store, so_far, current))
-            written |= set(run_tasks(_drop_duplicates, losses, min(processes, len(losses) or 1)))
+        for generation in current:
+            if generation.configuration.get("duplicates") == "drop":
+                # later generations were built knowing of these
+                so_far = [n for n in numbers if n < generation.first_shard + generation.shards]
+                losses = list(_find_duplicates(store, so_far, generation))
+                workers = min(processes, len(losses) or 1)
+                written |= set(run_tasks(_drop_duplicates, losses, workers))
         entries: list[ShardEntry] = []
         dropped: list[DroppedShard] = []
         failures = 0
@@ -104,12 +106,10 @@ def finish(
         with store.writing(FAILURES) as file:
             for number, generation in enumerate(record.generations):
                 plans = hashlib.sha256()
-                for line in _unmatched(store, number):
+                for line in _unmatched(store, record, number):
                     file.write(line)
                     failures += 1
-                for shard in range(
-                    generation.first_shard, generation.first_shard + generation.shards
-                ):
+                for shard in generation.numbers:
                     marker, data = _marker_bytes(store, shard)
                     plans.update(bytes.fromhex(marker["plan"]))
                     for failure in marker["failures"]:
@@ -197,8 +197,15 @@ def _marker_bytes(store: Store, number: int) -> tuple[Marker, bytes]:
     return found
 
 
-def _unmatched(store: Store, generation: int) -> Iterator[bytes]:
-    name = f"unmatched-{generation:03d}.jsonl"
+def _unmatched(store: Store, record: BuildRecord, number: int) -> Iterator[bytes]:
+    """What a generation could not match; nothing where the same source was listed again later.
+
+    The later listing names all that is still without a match.
+    """
+    generation, *later = record.generations[number:]
+    if any(each.configuration == generation.configuration for each in later):
+        return
+    name = f"unmatched-{number:03d}.jsonl"
     if store.size(name) >= 0:
         with store.open(name) as file:
             yield from file
@@ -209,7 +216,7 @@ def _nothing_left(store: Store, record: BuildRecord, failures: int) -> str:
     with store.open(FAILURES) as file:
         first = file.readline()
     for generation in record.generations:
-        for number in range(generation.first_shard, generation.first_shard + generation.shards):
+        for number in generation.numbers:
             store.remove(f"{shard_stem(number)}.json")
     store.remove("build.json")
     if not failures:

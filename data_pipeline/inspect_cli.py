@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import require_writable_file
 from data_pipeline.manifest import FAILURES, FILE_NAME, read_manifest
 from data_pipeline.sources.item import read_class_names
 from data_pipeline.storage import is_remote
@@ -47,6 +48,8 @@ def verify(
 
     Example: `maskbank shards verify shards/train --output problems.jsonl`
     """
+    if output is not None:
+        require_writable_file(output)
     problems = _verify(_folder(root), _level(fast, every_byte, decode), processes)
     if output is not None:
         write_problems(output, problems)
@@ -165,6 +168,8 @@ def stats(
     from data_pipeline.stats import collect_stats, summary_rows
 
     folder, shown = _folder(root), pictures if html is not None else 0
+    if html is not None:
+        require_writable_file(html, "--html")
     with _bar("counting", len(read_manifest(folder, check_files=False).shards)) as advance:
         found = collect_stats(folder, sample, seed, shown, processes, lambda: advance(1))
     table = Table(show_header=False)

@@ -20,6 +20,7 @@ from data_pipeline.sources.item import Failure
 from data_pipeline.store import Store
 
 Marker = dict[str, Any]
+DUPLICATE = "duplicate"  # stage of a failure
 # parts of a ustar header that are the same for all members
 _MODE_AND_OWNER = b"0000644\0" + 2 * b"0000000\0"
 _TIME = b"00000000000\0"

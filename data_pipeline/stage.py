@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import FolderInUse, atomic_write, only_writer
+from data_pipeline.files import FolderInUse, atomic_write, only_writer, require_writable
 from data_pipeline.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
 from data_pipeline.write_records import is_whole, write_records
 
@@ -46,6 +46,7 @@ def stage_shards(
             f"{shards} is an address, whose shards are kept in data.cache anyway; set that to a "
             "folder of the node's own instead of copying them"
         )
+    require_writable(folder, "the folder")
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):
         wanted = _files(source)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import TEMPORARY, atomic_write
+from data_pipeline.files import TEMPORARY, atomic_write, require_writable
 from data_pipeline.storage import Location, as_location, file_system
 
 
@@ -65,15 +65,8 @@ class LocalStore:
         return str(self.root)
 
     def prepare(self) -> None:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{self.root} cannot be used as output ({error.strerror}); "
-                "give --output another folder"
-            ) from None
-        if not os.access(self.root, os.R_OK | os.W_OK | os.X_OK):
-            raise InputError(f"{self.root} cannot be written to; give --output another folder")
+        require_writable(self.root)
+        self.root.mkdir(parents=True, exist_ok=True)
 
     def names(self) -> set[str]:
         return {name for name in os.listdir(self.root) if not name.startswith(".")}

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -88,16 +89,18 @@ def print_tenths(before: int, done: int, total: int, text: str) -> None:
 
 
 def run_app(app: typer.Typer, name: str, arguments: list[str] | None) -> None:
-    """Runs a command line; what goes wrong is one paragraph and an exit status."""
+    """Runs a command line; what goes wrong is one paragraph, of which rank, and an exit status."""
+    rank = os.environ.get("RANK", "0")
+    speaker = "maskbank" if rank == "0" else f"maskbank: rank {rank}"
     try:
         app(args=arguments, prog_name=name)
     except InputError as error:
-        print(f"maskbank: {error}", file=sys.stderr)
+        print(f"{speaker}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"maskbank: {what}", file=sys.stderr)
+        print(f"{speaker}: {what}", file=sys.stderr, flush=True)
         sys.exit(1)
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"maskbank: {str(stop) or 'interrupted'}", file=sys.stderr)
+        print(f"{speaker}: {str(stop) or 'interrupted'}", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)

@@ -125,6 +125,7 @@ def shard_tasks(
 
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
     """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         for problem in problems:
             file.write(encode_json(asdict(problem)) + b"\n")

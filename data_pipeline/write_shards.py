@@ -7,13 +7,16 @@ duplicates and writes the manifest, on the node that finds all shards complete.
 
 import json
 import os
+import pickle
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 from data_pipeline.build_config import BuildConfig, BuildOptions
 from data_pipeline.build_record import open_record
@@ -25,6 +28,7 @@ from data_pipeline.plan import Plan, PlannedShard, PlanReader
 from data_pipeline.records import SUFFIX as RECORDS
 from data_pipeline.sample import PackedSample, pack_sample
 from data_pipeline.shard_file import (
+    DUPLICATE,
     Marker,
     ShardWriter,
     is_whole,
@@ -83,8 +87,9 @@ def build_shards(
             with `append`, any finished build).
         config: what decides the bytes.
         options: what does not.
-        progress: called with the plan; what it returns is called with (samples done, samples
-            failed) of each shard as it completes.
+        progress: called with each plan (more than one where `retry_failed` meets appended shards);
+            what it returns is called with (samples done, samples failed) of each shard as it
+            completes.
 
     Returns:
         The manifest; `None` where shards of other nodes are still to come.
@@ -100,22 +105,63 @@ def build_shards(
     store.prepare()
     with _only_builder(store, options):
         record = open_record(store, {**listing.description, **_described(config)}, options)
-        with closing(record.plan(listing, config)) as plan:
-            generation = record.begin(plan, listing.classes)
-            store.clean(lambda name: _is_ours(name, options))
-            if options.retry_failed:
-                set_aside(store)
-            tasks = _tasks(plan, store, config, listing, options)
-            advance = _count_failures(plan, options, (progress or _silent)(plan))
-            written = set()
-            try:
-                for done in run_tasks(_write_shard, tasks, _workers(plan, options)):
-                    advance(done.planned, done.failed)
-                    if done.written:
-                        written.add(done.number)
-            finally:
-                store.clean(lambda name: _is_ours(name, options))
-            return finish(store, record, generation, written, options.processes)
+        generations, written = [], set[int]()
+        with _listed(listing, len(record.numbers)) as listing:
+            for number in record.numbers:
+                with closing(record.plan(number, listing, config)) as plan:
+                    generations.append(record.begin(number, plan, listing.classes))
+                    advance = _count_failures(plan, options, (progress or _silent)(plan))
+                    written |= _write_missing(plan, store, config, listing, options, advance)
+        return finish(store, record, generations, written, options.processes)
+
+
+def _write_missing(
+    plan: Plan,
+    store: Store,
+    config: BuildConfig,
+    listing: Listing,
+    options: BuildOptions,
+    advance: Progress,
+) -> set[int]:
+    """Writes this node's shards of a plan that are not complete; their numbers."""
+    store.clean(lambda name: _is_ours(name, options))
+    if options.retry_failed:
+        set_aside(store)
+    written = set()
+    try:
+        tasks = _tasks(plan, store, config, listing, options)
+        for done in run_tasks(_write_shard, tasks, _workers(plan, options)):
+            advance(done.planned, done.failed)
+            if done.written:
+                written.add(done.number)
+    finally:
+        store.clean(lambda name: _is_ours(name, options))
+    return written
+
+
+@dataclass(frozen=True)
+class _Spooled:
+    """Entries of a listing in a file, for more than one pass."""
+
+    file: IO[bytes]
+
+    def __iter__(self) -> Iterator[Item | Failure]:
+        self.file.seek(0)
+        with suppress(EOFError):
+            while True:
+                yield pickle.load(self.file)
+
+
+@contextmanager
+def _listed(listing: Listing, passes: int) -> Iterator[Listing]:
+    """A listing whose entries can be iterated so often; on disk, as they may be millions."""
+    if passes == 1:
+        yield listing
+        return
+    with tempfile.TemporaryFile(prefix="maskbank-list-") as file:
+        for entry in listing.entries:
+            pickle.dump(entry, file)
+        yield replace(listing, entries=_Spooled(file))
 
 
 def failure_counts(failures: Iterable[bytes]) -> dict[str, int]:
@@ -220,7 +266,7 @@ def _write_shard(task: _Task) -> _Done:
             return pack_all(items, task.config, task.num_classes, task.roots, writer.add)
 
         marker = write_shard(task.store, number, task.shard.fingerprint, fill)
-    failed = sum(failure["stage"] != "duplicate" for failure in marker["failures"])
+    failed = sum(failure["stage"] != DUPLICATE for failure in marker["failures"])
     return _Done(number, task.shard.samples, failed, written)
 
 
@@ -262,7 +308,7 @@ def _can_be_used_now(task: _Task, marker: Marker, items: dict[str, Item]) -> boo
     failed = [
         (failure["key"], items[failure["key"]])
         for failure in marker["failures"]
-        if failure["stage"] != "duplicate"
+        if failure["stage"] != DUPLICATE
     ]
     packed: list[PackedSample] = []
     pack_all(

@@ -1,13 +1,12 @@
 """Command line of the evaluations: `maskbank evaluate …`; under torchrun they share the work."""
 
 import logging
-import os
 import sys
 from importlib import import_module
 
 import typer
 
-from data_pipeline.errors import InputError
+from data_pipeline.terminal import run_app
 
 # a command's function has its name, in a file that is loaded when it is wanted: a report needs
 # none of the seconds that torch takes
@@ -41,17 +40,8 @@ def build_app(arguments: list[str]) -> typer.Typer:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    rank = os.environ.get("RANK", "0")
-    speaker = "maskbank" if rank == "0" else f"maskbank: rank {rank}"
-    try:
-        given = sys.argv[1:] if arguments is None else arguments
-        build_app(given)(args=given, prog_name="maskbank evaluate")
-    except InputError as error:
-        print(f"{speaker}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except OSError as error:
-        print(f"{speaker}: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+    given = sys.argv[1:] if arguments is None else arguments
+    run_app(build_app(given), "maskbank evaluate", given)
 
 
 if __name__ == "__main__":

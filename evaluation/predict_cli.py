@@ -11,8 +11,9 @@ from typing import Annotated, Any, Optional
 import typer
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import atomic_write, read_json, write_json
+from data_pipeline.files import atomic_write, read_json, require_writable, write_json
 from data_pipeline.sources.voc import VOC_CLASSES
+from data_pipeline.terminal import run_app
 from evaluation.commands import options as common
 from evaluation.palettes import MAX_CLASSES, Bytes, class_palette, legend, object_palette
 from evaluation.predict import PredictConfig, Predictor
@@ -111,6 +112,7 @@ def predict(
         if batch_size < 1:
             raise InputError(f"--batch-size is {batch_size}; it must be at least 1")
         how: Any = resize  # the configuration checks it
+        require_writable(output)
         config = PredictConfig(
             *(size, whole, max_side, overlap, threshold, precision),
             saliency="saliency" in kinds,
@@ -315,16 +317,7 @@ def _finish(counts: Counts, output: Path, ranks: Ranks) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    rank = os.environ.get("RANK", "0")
-    speaker = "maskbank" if rank == "0" else f"maskbank: rank {rank}"
-    try:
-        app(args=arguments, prog_name="maskbank predict")
-    except InputError as error:
-        print(f"{speaker}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except OSError as error:
-        print(f"{speaker}: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+    run_app(app, "maskbank predict", arguments)
 
 
 if __name__ == "__main__":

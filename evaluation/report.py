@@ -6,7 +6,6 @@ template, and values that reach an attribute of the drawing are numbers made her
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.files import atomic_write
 from data_pipeline.sample import IGNORE
 from evaluation.palettes import VOID
 from evaluation.report_data import (
@@ -233,10 +233,5 @@ def write_page(template: str, context: dict[str, Any], target: Path) -> None:
     """
     page = _environment().get_template(template).render(context).lstrip()
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        # JSON text may hold lone surrogates, which have no UTF-8.
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(target) as file:
+        file.write(page.encode("utf-8", "replace"))  # JSON text may hold lone surrogates

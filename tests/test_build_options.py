@@ -168,6 +168,70 @@ def test_keys_that_are_there_already_are_passed_over_or_given_a_prefix(tmp_path:
     assert keys(tmp_path)[-1] == "more/a"
 
 
+def told(root: Path) -> list[tuple[str, str]]:
+    """Key and stage of every failure; as many as the manifest says."""
+    found = [(failure["key"], failure["stage"]) for failure in failures(root)]
+    assert read_manifest(root).failures == len(found)
+    return sorted(found)
+
+
+def test_failures_are_told_once_however_often_is_appended(tmp_path: Path) -> None:
+    output, config = tmp_path / "shards", BuildConfig(2, duplicates="keep")
+    names = ["a", "damaged", "maskless"]
+
+    def append(*more: str, **options: bool) -> Manifest | None:
+        names.extend(more)
+        images, masks = folder_pair(tmp_path, names)
+        (images / "damaged.jpg").write_bytes(b"")
+        for name in {"maskless", "lonely"} & set(names):
+            (masks / f"{name}.png").unlink()
+        return build_shards(list_folder(images, masks), output, config, BuildOptions(**options))
+
+    append()
+    assert told(output) == [("damaged", "image"), ("maskless", "match")]
+    append("b", append=True)
+    assert told(output) == [("damaged", "image"), ("maskless", "match")]
+    append("c", "lonely", append=True)
+    both = [("damaged", "image"), ("lonely", "match"), ("maskless", "match")]
+    assert told(output) == both
+    append(retry_failed=True)
+    assert told(output) == both
+    images, masks = folder_pair(tmp_path / "other", ["d", "maskless"])
+    (masks / "maskless.png").unlink()
+    build_shards(list_folder(images, masks), output, config, BuildOptions(append=True))
+    assert told(output) == [*both, ("maskless", "match")]  # another one, of another folder
+    images, masks = folder_pair(tmp_path, names)  # with every mask, and undamaged
+    build_shards(list_folder(images, masks), output, config, BuildOptions(append=True))
+    assert told(output) == [("damaged", "image"), ("maskless", "match")]
+    assert sorted(keys(output)) == ["a", "b", "c", "d", "lonely", "maskless"]
+
+
+def test_what_failed_before_an_appended_build_is_retried_too(tmp_path: Path) -> None:
+    output, config = tmp_path / "shards", BuildConfig(2)
+    images, masks = folder_pair(tmp_path, ["a", "b"])
+    good = (images / "b.jpg").read_bytes()
+    (images / "b.jpg").write_bytes(b"")
+    build_shards(list_folder(images, masks), output, config)
+    folder_pair(tmp_path, ["a", "b", "c", "d"])
+    whole = (images / "d.jpg").read_bytes()
+    for name in "bd":
+        (images / f"{name}.jpg").write_bytes(b"")
+    build_shards(list_folder(images, masks), output, config, BuildOptions(append=True))
+    assert told(output) == [("b", "image"), ("d", "image")]
+    (images / "b.jpg").write_bytes(good)
+    (images / "d.jpg").write_bytes(whole)
+    build_shards(list_folder(images, masks), output, config, BuildOptions(retry_failed=True))
+    assert told(output) == []
+    assert sorted(keys(output)) == ["a", "b", "c", "d"]
+    assert not verify_shards(output, "decode")
+    # as after a retry that was killed between two shards of the first build
+    before = checksums(output)
+    for name in ("shard-000000.json", "manifest.json"):
+        (output / name).unlink()
+    build_shards(list_folder(images, masks), output, config)
+    assert checksums(output) == before
+
+
 # ---------------------------------------------------------------- duplicates
 
 

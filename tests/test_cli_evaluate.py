@@ -156,7 +156,7 @@ def test_linear_and_transfer(case: Case, command: Command) -> None:
     assert "linear classifier of the initial network at step 0, 14 images" in out
 
     head = case.run / "evaluation" / "linear-initial.safetensors"
-    arguments = ("transfer", case.run, "--initial", "--shards", case.test, "--classifier", head)
+    arguments = ("transfer", case.run, "--initial", "--shards", case.test, "--head", head)
     status, out, error = command(*arguments, "--precision", "float32", "--device", "cpu")
     assert status == 0, error
     again = read_result(case.run, "transfer-initial")

@@ -216,8 +216,9 @@ def test_the_command_says_what_is_wrong(
         (["--format", "onnx", "-o", out], "pip install 'maskbank[export]'"),
         (["--format", "onnx", "-o", out, "--size", "8", "64"], "must be at least 32"),
         (["-o", out], "should end in .safetensors"),
-        (["-o", str(tmp_path / "none" / "x.safetensors")], "there is no folder"),
-        (["-o", str(tmp_path)], "is a folder; name a file"),
+        (["-o", str(network / "x.safetensors")], f"{network} is not a folder"),
+        (["-o", str(tmp_path)], "is a folder; give the path of a file"),
+        (["-o", "/dev/null"], "is a device or a pipe"),
         (["-o", out, "--device", "tpu"], "--device is 'tpu'"),
         (["-o", out, "--initial"], "give the run directory"),
     ):

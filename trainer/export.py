@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import atomic_write
+from data_pipeline.files import atomic_write, require_writable_file
 from data_pipeline.views import IMAGENET_MEAN, IMAGENET_STD
 from trainer.encoder import Encoder
 from trainer.model import upsample
@@ -106,10 +106,7 @@ def export_network(
         InputError: the network is not of that kind or cannot be traced, a package is missing, or
             the file would not compute what the network does.
     """
-    if not path.parent.is_dir():
-        raise InputError(f"--output: there is no folder {path.parent}")
-    if path.is_dir():
-        raise InputError(f"--output: {path} is a folder; name a file")
+    require_writable_file(path)
     if kind == "safetensors":
         _write_safetensors(encoder, path)
         return None
@@ -136,6 +133,7 @@ def _write_safetensors(encoder: Encoder, path: Path) -> None:
             "classifier.weight": weight.cpu().contiguous(),
             "classifier.bias": bias.cpu().contiguous(),
         }
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(save(state, describe_network(encoder.network.config, encoder.step)))
         file.flush()
@@ -165,6 +163,7 @@ def _write_torchvision(encoder: Encoder, path: Path) -> None:
     del theirs.fc
     load_exactly(theirs, {n: v.to("meta") for n, v in state.items()}, str(path), name)
     assert own.keys() == state.keys()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         torch.save(state, file)
 
@@ -178,6 +177,7 @@ def _write_traced(
 ) -> Exported:
     """Traces, writes, loads and compares; only then the file takes its name."""
     program, fixed = trace(network, size)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         save_as(program, file, network.outputs)
         file.flush()

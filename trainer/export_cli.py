@@ -9,6 +9,7 @@ import torch
 import typer
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import require_writable_file
 from data_pipeline.terminal import run_app
 from trainer.encoder import load_encoder
 from trainer.export import FORMATS, TOLERANCE, Format, export_network
@@ -50,6 +51,7 @@ def export(
         raise InputError(f"--device is {device!r}; it can be cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device is cuda, but this torch sees no GPU")
+    require_writable_file(output)
     encoder = load_encoder(network, initial)
     written = export_network(encoder, output, chosen, size, torch.device(device))
     print(f"written: {output}")

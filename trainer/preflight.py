@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import require_writable
 from data_pipeline.labelled import labelled_shards
 from data_pipeline.manifest import (
     Manifest,
@@ -130,15 +131,8 @@ def _warnings(config: TrainConfig, manifest: Manifest, rank: int) -> Iterator[st
 
 
 def _check_run_directory(run: Path, config: TrainConfig, plan: Plan) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        probe = run / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # every rank tries
-    except OSError as error:
-        raise InputError(
-            f"run.directory {run} cannot be written ({error.strerror}); choose another"
-        ) from None
+    require_writable(run, "run.directory")
+    run.mkdir(parents=True, exist_ok=True)
     if not plan.begun:
         return
     if difference := resume_difference(read_run_config(run), config):

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import require_writable_file
 from data_pipeline.masks.make_cli import make_command
 from data_pipeline.masks.methods import Method, OnnxMethod, PriorMethod, SpectralMethod
 from data_pipeline.terminal import Interrupted, console, progress_bar, run_app
@@ -134,8 +135,8 @@ def score(
     from data_pipeline.masks.score_masks import count_pairs, score_masks, write_report
     from data_pipeline.storage import as_location
 
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"{output.parent}, for --output, is not a folder; make it first")
+    if output is not None:
+        require_writable_file(output)
     truth_folder = as_location(truth)
     with progress_bar("scoring") as bar:
         task = bar.add_task("", total=count_pairs(truth_folder) if console.is_terminal else None)

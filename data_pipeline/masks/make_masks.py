@@ -22,6 +22,7 @@ from data_pipeline.files import (
     encode_json,
     only_writer,
     read_json,
+    require_writable,
     write_json,
 )
 from data_pipeline.masks.mask_task import (
@@ -336,12 +337,8 @@ def _open_record(output: Path, record: dict[str, Any]) -> bool:
 @contextmanager
 def _only_maker(output: Path, options: MakeOptions) -> Iterator[None]:
     """Keeps a second run out of a folder; nodes of one run share it."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{output} cannot be used as output ({error.strerror}); give --output another folder"
-        ) from None
+    require_writable(output)
+    output.mkdir(parents=True, exist_ok=True)
     if options.num_nodes == 1:
         with only_writer(output):
             yield

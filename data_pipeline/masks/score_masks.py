@@ -153,6 +153,7 @@ def write_report(report: ScoreReport, path: Path) -> None:
     """Writes a report as JSON, atomically."""
     from data_pipeline.files import write_json
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(report), indent=1)
 
 

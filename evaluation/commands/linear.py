@@ -6,6 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import require_writable
 from data_pipeline.labelled import LabelledSet
 from evaluation.commands import options as common
 from evaluation.commands.kmeans import result_folder
@@ -84,6 +85,8 @@ def linear(
             mean=source.mean(mean),
         )
         subject = common.open_subject(network, initial, output)
+        if cache is not None:
+            require_writable(cache, "--cache")
         sets = _open(source, subject, own_classifier, train_shards, shards)
     ranks = common.start(device)
     for samples in sets:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from data_pipeline.errors import InputError, SampleError
+from data_pipeline.files import require_writable
 from data_pipeline.labelled import LabelledSet, ListedSet, labelled_shards
 from data_pipeline.manifest import read_manifest
 from evaluation.datasets import DataSet, Place, Role, data_set
@@ -171,14 +172,20 @@ def open_subject(network: Path, initial: bool, output: Path | None) -> Subject:
     """The network that a command names, and the folder of its results.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: it cannot be loaded, or results cannot be written there.
     """
     encoder = load_encoder(network, initial)
     if network.is_file():
         name = network.name.partition(".")[0] or "network"
-        return Subject(encoder, name, output or Path("runs") / name)
-    run = network if (network / "config.yaml").is_file() else network.resolve().parents[1]
-    return Subject(encoder, "initial" if initial else "trained", output or run)
+        folder = output or Path("runs") / name
+    else:
+        name = "initial" if initial else "trained"
+        in_run = (network / "config.yaml").is_file()
+        folder = output or (network if in_run else network.resolve().parents[1])
+    require_writable(
+        folder / "evaluation", "the folder of results" if output is None else "--output"
+    )
+    return Subject(encoder, name, folder)
 
 
 def start(device: str) -> Ranks:

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import require_writable_file
 from evaluation.compare import read_columns, show_comparison, write_comparison
 from evaluation.report import write_report
 
@@ -21,6 +22,7 @@ def report(
 
     Example: `maskbank evaluate report runs/demo`
     """
+    require_writable_file(output or run / "report.html")
     console.print(f"report: {write_report(run, output)}", soft_wrap=True)
 
 
@@ -32,6 +34,8 @@ def compare(
 
     Example: `maskbank evaluate compare runs/a runs/b --html compared.html`
     """
+    if html is not None:
+        require_writable_file(html, "--html")
     columns = read_columns(runs)
     if len(columns) < 2:
         raise InputError(f"{runs[0]} is one network; give a second run to compare it with")

@@ -19,7 +19,7 @@ def retrieval(
     network: common.Network,
     bank_shards: Annotated[
         Optional[Path],  # noqa: UP045 (typer)
-        typer.Option(help="Labelled shards of the bank."),
+        typer.Option("--train-shards", "--bank-shards", help="Labelled shards of the bank."),
     ] = None,
     shards: common.Shards = None,
     data_set: common.Named = None,
@@ -45,7 +45,7 @@ def retrieval(
     """Each mask takes the class of its nearest neighbour: mIoU over all classes and over seven.
 
     Examples: `maskbank evaluate retrieval runs/voc --data-set voc --root VOCSegmentation`;
-    `maskbank evaluate retrieval runs/mine --bank-shards shards/train --shards shards/val`
+    `maskbank evaluate retrieval runs/mine --train-shards shards/train --shards shards/val`
     """
     with same_on_all_ranks():
         source = common.source(data_set, root, split, masks)
@@ -62,7 +62,7 @@ def retrieval(
         )
         subject = common.open_subject(network, initial, output)
         config.require(subject.encoder)
-        bank = source.open("bank", bank_shards, "--bank-shards")
+        bank = source.open("bank", bank_shards, "--train-shards")
         samples = source.open("test", shards, "--shards")
     ranks = common.start(device)
     for one in (samples, bank):

@@ -18,7 +18,12 @@ from trainer.distributed import Ranks, cores_per_rank, same_on_all_ranks
 def transfer(
     network: common.Network,
     classifier: Annotated[
-        Path, typer.Option(help="linear-NETWORK.safetensors that `evaluate linear` wrote.")
+        Path,
+        typer.Option(
+            "--head",
+            "--classifier",
+            help="linear-NETWORK.safetensors that `evaluate linear` wrote.",
+        ),
     ],
     shards: common.Shards = None,
     data_set: common.Named = None,
@@ -47,7 +52,7 @@ def transfer(
     What it predicts beyond the data set's classes counts as background there. Images are resized to
     the side that the classifier was learned with, unless --size says another.
 
-    Example: `maskbank evaluate transfer runs/voc --data-set coco-stuff-81 --root coco --classifier
+    Example: `maskbank evaluate transfer runs/voc --data-set coco-stuff-81 --root coco --head
     runs/voc/evaluation/voc/linear-trained.safetensors`
     """
     with same_on_all_ranks():

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import require_writable
 from data_pipeline.labelled import LabelledSet
 from evaluation.commands import options as common
 from evaluation.commands.kmeans import result_folder
@@ -82,6 +83,8 @@ def video(
         classifier = None if head is None else read_head(head)
         for reading in chosen:
             require_reading(subject.encoder, reading, classifier)
+        if write is not None:
+            require_writable(write, "--write")
         samples = source.open("test", shards, "--shards")
         sequences_of(samples)
         train = None
