@@ -1,7 +1,6 @@
 """What all `maskbank shards build …` commands share: options, progress, the table at the end."""
 
 import inspect
-import logging
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -21,6 +20,7 @@ from data_pipeline.build_config import (
 from data_pipeline.dry_run import Estimate, estimate
 from data_pipeline.manifest import FAILURES, Manifest
 from data_pipeline.plan import Plan
+from data_pipeline.progress import ETA, log_above_bars
 from data_pipeline.sources.item import Listing
 from data_pipeline.storage import as_location
 from data_pipeline.store import open_store
@@ -116,9 +116,9 @@ def _build(
     if dry_run:
         _show_estimate(estimate(listing, config, processes * num_nodes))
         return
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_above_bars()
     start = time.monotonic()
-    with progress_bar("building", "samples · {task.fields[failed]} failed") as bar:
+    with progress_bar() as bar:
         try:
             manifest = build_shards(
                 listing,
@@ -144,7 +144,7 @@ def _build(
 def _advance(bar: Progress, plan: Plan, retry_failed: bool) -> Callable[[int, int], None]:
     """Shows what is done, as a bar on a terminal and in tenths elsewhere."""
     total, done, failed = plan.samples, 0, plan.unmatched
-    task = bar.add_task("", total=total, failed=failed)
+    task = bar.add_task("building", total=total)
     if plan.passed_over and not retry_failed:
         console.print(
             f"{plan.passed_over:,} samples are passed over, as their keys are in the set already; "
@@ -155,7 +155,7 @@ def _advance(bar: Progress, plan: Plan, retry_failed: bool) -> Callable[[int, in
     def advance(more: int, failures: int) -> None:
         nonlocal done, failed
         before, done, failed = done, done + more, failed + failures
-        bar.update(task, completed=done, failed=failed)
+        bar.update(task, completed=done, parts=(ETA, f"{failed:,} failed"))
         if more:
             text = f"building: {done:,} of {total:,} samples, {failed:,} failed"
             print_tenths(before, done, total, text)

@@ -242,6 +242,6 @@ def _first_failures(path: Path) -> Iterator[str]:
 @contextmanager
 def _bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar of shards, where someone is looking."""
-    with progress_bar(title, "shards") as bar:
-        task = bar.add_task("", total=total)
+    with progress_bar() as bar:
+        task = bar.add_task(f"{title} shards", total=total)
         yield lambda more: bar.advance(task, more)

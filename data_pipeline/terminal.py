@@ -10,16 +10,9 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from data_pipeline.errors import InputError
+from data_pipeline.progress import FittedProgress
 
 console = Console(stderr=True, emoji=False)  # `:b:` in a path or key is no emoji
 
@@ -67,19 +60,9 @@ def with_shared_options(
     return command
 
 
-def progress_bar(doing: str, unit: str = "") -> Progress:
-    """A bar on a terminal; nothing elsewhere. `unit` may hold `{task.fields[…]}`."""
-    return Progress(
-        TextColumn(doing),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *([TextColumn(unit)] if unit else []),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,  # the table at the end says the same, and an error stands alone
-        disable=not console.is_terminal,
-    )
+def progress_bar() -> FittedProgress:
+    """A bar on a terminal, nothing elsewhere; gone at the end, where a table says the same."""
+    return FittedProgress(console, transient=True)
 
 
 def print_tenths(before: int, done: int, total: int, text: str) -> None:

@@ -1,11 +1,11 @@
 """Command line of the evaluations: `maskbank evaluate …`; under torchrun they share the work."""
 
-import logging
 import sys
 from importlib import import_module
 
 import typer
 
+from data_pipeline.progress import log_above_bars
 from data_pipeline.terminal import run_app
 
 # a command's function has its name, in a file that is loaded when it is wanted: a report needs
@@ -30,7 +30,7 @@ def build_app(arguments: list[str]) -> typer.Typer:
     @app.callback()
     def evaluate() -> None:
         """Measure what a trained network knows, on labelled shards or a data set where it lies."""
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+        log_above_bars()
 
     wanted = arguments[:1] if arguments[:1] and arguments[0] in COMMANDS else list(COMMANDS)
     for name in wanted:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
+from data_pipeline.progress import FittedProgress
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise
 from evaluation.miou import Counts
 from trainer.distributed import Ranks
@@ -69,7 +69,8 @@ def shown(items: Iterable[T], title: str, total: int, ranks: Ranks) -> Iterator[
         return
     console = Console(stderr=True)
     if console.is_terminal:
-        yield from track(items, title, total, console=console)
+        with FittedProgress(console) as bar:
+            yield from bar.track(items, total, description=title)
         return
     last_line = time.monotonic()
     for done, item in enumerate(items, 1):

@@ -12,6 +12,7 @@ import typer
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import atomic_write, read_json, require_writable, write_json
+from data_pipeline.progress import log_above_bars
 from data_pipeline.sources.voc import VOC_CLASSES
 from data_pipeline.terminal import run_app
 from evaluation.commands import options as common
@@ -316,7 +317,7 @@ def _finish(counts: Counts, output: Path, ranks: Ranks) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log_above_bars()
     run_app(app, "maskbank predict", arguments)
 
 

@@ -1,4 +1,4 @@
-"""Command lines of ranks on this machine."""
+"""Command lines of ranks on this machine, and how they end."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from signal import SIGTERM, SIGUSR1
+from signal import SIGINT, SIGTERM, SIGUSR1
 from types import FrameType
 
 
@@ -30,20 +30,41 @@ def rank_environment(num_processes: int) -> dict[str, str]:
 
 
 def run(command: Sequence[str], num_processes: int = 1) -> int:
-    """Runs a command to its end and returns its exit status; requests to stop reach it, not us."""
+    """Runs a command to its end and returns its exit status; requests to stop reach it, not us.
+
+    Where a signal ended it the status is 128 + its number, as a shell has it.
+    """
     process = subprocess.Popen(command, env=rank_environment(num_processes))
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if number == SIGINT and _terminal_tells_it():
+            return
         with suppress(ProcessLookupError):
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (SIGTERM, SIGUSR1)}
+    before = {number: signal.signal(number, forward) for number in (SIGINT, SIGTERM, SIGUSR1)}
     try:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:  # the terminal has sent it to the command too
-                continue
+        status = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if status >= 0:
+        return status
+    if (name := signal.Signals(-status).name) not in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        hint = "; was there too little memory?" if name == "SIGKILL" else ""
+        print(f"maskbank: ended by {name}{hint}", file=sys.stderr, flush=True)
+    return 128 - status
+
+
+def _terminal_tells_it() -> bool:
+    """Whether Ctrl-C reaches what we start too: we are what the terminal runs at this moment."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)

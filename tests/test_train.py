@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,12 @@ import pytest
 import torch
 
 from data_pipeline.build_config import BuildConfig
+from data_pipeline.sources.folder import list_folder
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.write_shards import build_shards
 from tests.forked import Program, run_program
 from tests.run_state import run_state
+from tests.sample_data import folder_pair
 from trainer import load_encoder
 from trainer.checkpoint import complete_checkpoints, newest_checkpoint
 from trainer.metrics import read_metrics
@@ -128,10 +131,39 @@ def test_asked_to_stop_it_saves_and_goes_on_to_the_same_result(
     stopped = newest_checkpoint(run)
     assert stopped is not None
     assert stopped.step < STEPS
-    finish(command(shards, run, 2))
+    said = f"stopped at step {stopped.step} of {STEPS} (SIGUSR1), saved in {stopped.path}"
+    assert f"maskbank: {said}; the same command continues\n" in output
+    output = finish(command(shards, run, 2))
+    assert f"going on from step {stopped.step}\n" in output
+    assert_end_is_told(output, run, f"maskbank evaluate kmeans {run} --shards {shards} --html")
     first, second = final_state(run), final_state(undisturbed)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def assert_end_is_told(output: str, run: Path, following: str) -> None:
+    lines = [line for line in output.splitlines() if line.startswith("maskbank: ")]
+    assert lines[0].startswith(f"maskbank: training in {run}: {STEPS} steps of 8 images, ")
+    assert re.fullmatch(rf"maskbank: done: {STEPS} steps in [0-9:]+, saved in (.*)", lines[-3])
+    assert lines[-3].endswith(f"saved in {run / 'checkpoints' / f'step-{STEPS:08d}'}")
+    assert lines[-2] == f"maskbank: next: {following}"
+    assert lines[-1] == f"maskbank: then: maskbank predict {run} PHOTOS --output FOLDER"
+
+
+def test_a_stop_file_ends_one_rank_and_the_end_of_unlabelled_shards_leads_to_clusters(
+    shards: Path, tmp_path: Path
+) -> None:
+    root, run = tmp_path / "no labels", tmp_path / "run"
+    listing = folder_pair(tmp_path, [f"p{number}" for number in range(9)])
+    build_shards(list_folder(*listing), root, BuildConfig())
+    process = start(command(root, run, 1, "run.checkpoint_every=1"))
+    wait_for_step(run, 1, process)
+    (run / "STOP").touch()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert re.search(rf"stopped at step \d+ of {STEPS} \(the file {run}/STOP\), saved in ", output)
+    output = finish(command(root, run, 1))
+    assert_end_is_told(output, run, f"maskbank cluster {run} --shards '{root}'")
 
 
 def kill_all(process: Program) -> None:
@@ -198,8 +230,6 @@ def test_bad_samples_of_every_rank_are_counted_and_the_run_goes_on(
 
 def test_masks_without_objects_train_on_nothing_and_say_so(tmp_path: Path) -> None:
     from PIL import Image
-
-    from data_pipeline.sources.folder import list_folder
 
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
@@ -328,8 +358,6 @@ def test_a_run_directory_of_other_settings_or_data_is_refused(
 
 def test_shards_without_masks_are_refused_by_name(tmp_path: Path) -> None:
     from PIL import Image
-
-    from data_pipeline.sources.folder import list_folder
 
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 40), "red").save(tmp_path / "images/a.png")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from data_pipeline.files import atomic_write
+from data_pipeline.progress import ETA, FittedProgress, clock
 from trainer.distributed import Ranks, all_reduce_sum
 from trainer.objective import Losses
 from trainer.settings import LossConfig
@@ -135,17 +135,8 @@ class MetricsLog:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self._console = Console(stderr=True)
         self._last_line, self._skipped, self._online = 0.0, 0, ""
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[line]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=total_steps, completed=first_step, line="")
+        self._progress = FittedProgress(self._console)
+        self._task = self._progress.add_task("step", total=total_steps, completed=first_step)
         self._progress.start()
         self._total_steps = total_steps
 
@@ -165,7 +156,7 @@ class MetricsLog:
         """One row of an evaluation while training, which the progress line shows from then on."""
         self._record(row)
         if "kmeans_miou" in row:
-            self._online = f" · K-means {row['kmeans_miou']:.1f} (step {row['step']})"
+            self._online = f"K-means {row['kmeans_miou']:.1f} (step {row['step']})"
 
     def has_online(self, step: int) -> bool:
         """Whether the network of that step has been evaluated, before this start perhaps."""
@@ -190,18 +181,24 @@ class MetricsLog:
                     self._board.add_scalar(name, value, row["step"])
 
     def _show(self, row: dict[str, Any]) -> None:
-        line = (
-            f"loss {row['loss']:.3f} = {row['loss_contrastive']:.3f} + {row['loss_saliency']:.3f}"
-            f" · accuracy {row['accuracy']:.1%} · lr {row['lr']:.4f} · "
-            f"{row['images_per_second']:.0f} images/s · data wait {row['data_wait']:.0%} · "
-            f"{row['memory_mb']:.0f} MB{self._online}"
-        )
-        self._progress.update(self._task, line=line)
+        left, speed = row["eta_seconds"], row["images_per_second"]
+        parts = [
+            f"loss {row['loss']:.3f}",
+            f"{speed:.{0 if speed >= 10 else 1}f} images/s",
+            ETA,
+            *([self._online] if self._online else []),
+            f"accuracy {row['accuracy']:.1%}",
+            f"data wait {row['data_wait']:.0%}",
+            f"lr {row['lr']:.4g}",
+            f"contrastive {row['loss_contrastive']:.3f} + saliency {row['loss_saliency']:.3f}",
+            f"{row['memory_mb']:,.0f} MB",
+        ]
+        self._progress.update(self._task, parts=tuple(parts), ends=time.monotonic() + left)
         due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
         if not self._console.is_terminal and (due or row["step"] == self._total_steps):
             self._last_line = time.monotonic()
-            left = row["eta_seconds"]
-            print(f"step {row['step']}/{self._total_steps} · {line} · ETA {left:.0f} s", flush=True)
+            parts[parts.index(ETA)] = f"ETA {clock(left)}"
+            print(f"step {row['step']:,}/{self._total_steps:,} · {' · '.join(parts)}", flush=True)
 
 
 def peak_memory_mb(device: torch.device) -> float:

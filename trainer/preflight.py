@@ -7,10 +7,14 @@ with one paragraph; `maskbank train` runs it first, and every rank checks again.
 import argparse
 import hashlib
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # torch takes seconds to load: a Ctrl-C then needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 

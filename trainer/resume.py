@@ -67,5 +67,5 @@ def prepare_run(config: TrainConfig, checkpoint: Checkpoint | None, ranks: Ranks
         remove_leftovers(run)
         note_start(run, step, ranks.world_size, automatic, config.run.max_fruitless_restarts)
         if checkpoint is not None:
-            log.info("going on from step %d", step)
+            log.info("going on from step %s", f"{step:,}")
     barrier(ranks)

@@ -6,15 +6,20 @@ The same command started again goes on from the newest checkpoint, on any number
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+if __name__ == "__main__":  # torch takes seconds to load: a Ctrl-C then needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
+from data_pipeline.progress import log_above_bars
 from trainer.allocator import keep_freed_memory
 from trainer.checkpoint_writer import OtherRankFailed
 from trainer.clock import Clock
@@ -27,6 +32,7 @@ from trainer.distributed import (
     same_on_all_ranks,
     start_ranks,
 )
+from trainer.messages import say_end, say_start
 from trainer.objective import contrast_views
 from trainer.online import OnlineEvaluation
 from trainer.preemption import StopRequest
@@ -53,6 +59,8 @@ def train(
     """
     barrier(ranks)  # every rank has looked before one writes
     stop.begin()
+    if ranks.is_main:
+        say_start(config, plan, ranks)
     for warning in plan.warnings if ranks.is_main else ():
         logger.warning(warning)
     checkpoint = find_checkpoint(plan, ranks)
@@ -107,6 +115,8 @@ def train(
         stream.close()
         if log is not None:
             log.close()
+    if ranks.is_main:
+        say_end(config, plan, step, clock.total_seconds, stop.reason)
     return step
 
 
@@ -159,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="trainer.train", description=__doc__)
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log_above_bars()
     logging.getLogger("trainer").setLevel(logging.INFO)
     try:
         with same_on_all_ranks():

@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -27,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from data_pipeline.progress import print_line
 from trainer.distributed import Ranks, broadcast_object
 
 EXIT_STATUS = 1
@@ -317,7 +317,7 @@ class Watchdog:
 
 def say(message: str) -> None:
     """One line of maskbank on the terminal."""
-    print(f"maskbank: {message}", file=sys.stderr, flush=True)
+    print_line(f"maskbank: {message}")
 
 
 def record_for_launcher(message: str) -> None:

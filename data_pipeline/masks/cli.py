@@ -138,8 +138,9 @@ def score(
     if output is not None:
         require_writable_file(output)
     truth_folder = as_location(truth)
-    with progress_bar("scoring") as bar:
-        task = bar.add_task("", total=count_pairs(truth_folder) if console.is_terminal else None)
+    with progress_bar() as bar:
+        pairs = count_pairs(truth_folder) if console.is_terminal else None
+        task = bar.add_task("scoring masks", total=pairs)
         try:
             report = score_masks(
                 as_location(masks),

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from data_pipeline.errors import InputError
 from data_pipeline.masks.methods import Method
+from data_pipeline.progress import ETA
 from data_pipeline.terminal import (
     Interrupted,
     console,
@@ -112,8 +113,7 @@ def _make(
     threads = threads or max(1, (os.cpu_count() or 1) // processes)
     options = MakeOptions(processes, threads, node_rank, num_nodes)
     start = time.monotonic()
-    counts = "pictures · {task.fields[skipped]} skipped · {task.fields[failed]} failed"
-    with progress_bar("making masks", counts) as bar:
+    with progress_bar() as bar:
         try:
             report = make_masks(
                 as_location(images),
@@ -140,16 +140,17 @@ def _threshold(text: str) -> float | str:
 def _advance(bar: Progress, total: int) -> Callable[[int, int, int], None]:
     """Shows what is done, as a bar on a terminal and in tenths elsewhere."""
     done = skipped = failed = 0
-    task = bar.add_task("", total=total, skipped=0, failed=0)
+    task = bar.add_task("making masks", total=total)
 
     def advance(more: int, more_skipped: int, more_failed: int) -> None:
         nonlocal done, skipped, failed
         before, done = done, done + more
         skipped, failed = skipped + more_skipped, failed + more_failed
-        bar.update(task, completed=done, skipped=skipped, failed=failed)
+        counts = f"{skipped:,} skipped", f"{failed:,} failed"
+        bar.update(task, completed=done, parts=(ETA, *counts))
         if more:
-            text = f"making masks: {done:,} of {total:,} pictures, {skipped:,} skipped"
-            print_tenths(before, done, total, f"{text}, {failed:,} failed")
+            text = f"making masks: {done:,} of {total:,} pictures, {', '.join(counts)}"
+            print_tenths(before, done, total, text)
 
     return advance
 
