@@ -32,7 +32,7 @@ KMEANS = (
     *("--method", "full", "--starts", "10", "--pca", "0", "--precision", "bf16"),
 )
 LINEAR = (
-    *("--size", "160", "--no-augment", "--epochs", "6", "--decay-epoch", "4"),
+    *("--size", "160", "--no-augment", "--epochs", "6", "--decay-epoch", "3"),
     *("--precision", "bf16", "--select", "last"),
 )
 

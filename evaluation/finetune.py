@@ -241,7 +241,7 @@ def own_examples(
         if not config.augment:
             label = resize_nearest(torch.tensor(image.label), (config.size, config.size))
             return image.pixels, label
-        pixels, label = augmented(image, config.size, seed, epoch)
+        pixels, label = augmented(image, config.size, seed, epoch, config.resize)
         return recoloured(pixels, number, seed, epoch), label
 
     with ThreadPoolExecutor(images.threads) as pool:

@@ -60,13 +60,9 @@ class LinearClassifier:
         """[b, F, h, w] to [b, C, h, w]."""
         return F.conv2d(features, self.weight[:, :, None, None], self.bias)
 
-    def logits_at(self, features: Tensor, size: int, shape: tuple[int, ...]) -> Tensor:
-        """Features [F, h, w] of one image to logits [C, *shape], at the size of the images first.
-
-        In two steps, as published: to the square that images were resized to, then to the label's.
-        """
-        square = upsample(self.logits(features[None].float()), (size, size))
-        return upsample(square, (shape[0], shape[1]))[0]
+    def logits_at(self, features: Tensor, size: int) -> Tensor:
+        """Features [F, h, w] of one image to logits [C, S, S], S the size of the images."""
+        return upsample(self.logits(features[None].float()), (size, size))[0]
 
 
 def image_gradients(

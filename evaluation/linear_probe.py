@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from evaluation.pixel_scores import (
     count_streamed,
     result_of,
 )
+from evaluation.resolution import Resolution
 from evaluation.result import Result
 from trainer.distributed import Ranks, all_gather_rows, all_reduce_sum
 from trainer.encoder import Encoder
@@ -55,9 +56,10 @@ class LinearConfig:
     Attributes:
         size: side that images are resized to, pixels.
         epochs, batch_size, lr, momentum, weight_decay: of SGD.
-        decay_epoch: after which the rate is a tenth.
+        decay_epoch: the last at the full rate, counted from 0; after it the rate is a tenth.
         augment: flip, rotation of ±5°, scale .75–1.25. Without, features are computed only once.
-        select: best epoch on the evaluation split (as published), or the last.
+        select: best epoch on the evaluation split (as published: at the size of the images), or
+            the last.
         evaluate_every: epochs between looks at the evaluation split.
         precision: float32 or bf16, of the frozen network.
         seeds: one classifier each.
@@ -255,16 +257,20 @@ class _FeatureSet:
             cache.add(frozen_features(encoder, pixels, config, ranks), labels)
 
     def epoch(self, seed: int, epoch: int) -> Iterator[_Part]:
-        """What this rank contributes to each batch of an epoch."""
+        """What this rank contributes to each batch of an epoch.
+
+        As published, images that do not fill a batch wait for the next epoch's order.
+        """
         size, ranks = self.config.batch_size, self.ranks
         order = generator(seed, _ORDER, epoch).permutation(len(self.images))
-        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        whole = len(order) // size * size or len(order)
+        batches = [order[first : first + size] for first in range(0, whole, size)]
         if not self.config.augment:
             for batch in batches:
                 own = [self._kept_example(i) for i in batch.tolist() if i in self.place]
                 yield _Part(own, batch % ranks.world_size)
             return
-        with ThreadPoolExecutor(self.images.threads) as pool:
+        with single_threaded_pool(self.images.threads) as pool:
 
             def draw(batch: NDArray[np.int64]) -> list[Future[_Example]]:
                 own = batch[ranks.rank :: ranks.world_size].tolist()
@@ -281,7 +287,9 @@ class _FeatureSet:
         return features, torch.from_numpy(label)
 
     def _augmented(self, sample_id: int, seed: int, epoch: int) -> _Example:
-        return augmented(self.images.read(sample_id), self.config.size, seed, epoch)
+        return augmented(
+            *(self.images.read(sample_id), self.config.size, seed, epoch, self.config.resize)
+        )
 
     def _embedded(self, drawn: list[_Example]) -> list[_Example]:
         if not drawn:
@@ -293,7 +301,7 @@ class _FeatureSet:
 
 
 class _TestSet:
-    """The evaluation split's features; scored at the labels' own resolution."""
+    """The evaluation split's features."""
 
     def __init__(
         self,
@@ -315,10 +323,10 @@ class _TestSet:
         on_device = torch.tensor([labelled], device=ranks.device)
         require_pixels(all_reduce_sum(on_device, ranks).cpu().numpy(), images.samples)
 
-    def confusion(self, classifier: LinearClassifier) -> Counts:
-        """int64 [C, C] over all ranks; a collective."""
+    def confusion(self, classifier: LinearClassifier, resolution: Resolution = "label") -> Counts:
+        """int64 [C, C] over all ranks, at the labels' own size or the images'; a collective."""
         predicted = (self._predicted(classifier, i) for i in range(len(self.numbers)))
-        [matrix] = count_predictions(predicted, self.classes, self.ranks)
+        [matrix] = count_predictions(predicted, self.classes, self.ranks, resolution=resolution)
         return matrix
 
     def refined(self, classifier: LinearClassifier, crf: CrfConfig) -> Counts:
@@ -340,7 +348,7 @@ class _TestSet:
     ) -> _Scored:
         features, label = self.cache.read(self.first + place)
         on_device = features.to(self.ranks.device)
-        logits = classifier.logits_at(on_device, self.config.size, label.shape)
+        logits = classifier.logits_at(on_device, self.config.size)
         return None if image is None else image.image, label, logits
 
 
@@ -370,20 +378,19 @@ def _probe(
     optimizer = torch.optim.SGD(
         weights, config.lr, config.momentum, weight_decay=config.weight_decay
     )
-    best: tuple[float, Counts, LinearClassifier] | None = None
+    best: tuple[float, LinearClassifier] | None = None
     epochs = range(config.epochs)
     for epoch in shown(epochs, f"linear, seed {seed}", config.epochs, ranks):
-        optimizer.param_groups[0]["lr"] = config.lr * (0.1 if epoch >= config.decay_epoch else 1)
+        optimizer.param_groups[0]["lr"] = config.lr * (0.1 if epoch > config.decay_epoch else 1)
         for part in train.epoch(seed, epoch):
             _learn(classifier, optimizer, part, ranks, pool)
         last = epoch + 1 == config.epochs
-        if last or (config.select == "best" and (epoch + 1) % config.evaluate_every == 0):
-            matrix = test.confusion(classifier)
-            miou = score(matrix, config.mean).miou
-            if best is None or config.select == "last" or miou > best[0]:
-                best = miou, matrix, classifier.copy()
-    assert best is not None
-    return best[1:]
+        if config.select == "best" and (last or (epoch + 1) % config.evaluate_every == 0):
+            miou = score(test.confusion(classifier, "image"), config.mean).miou
+            if best is None or miou > best[0]:
+                best = miou, classifier.copy()
+    counted = classifier.copy() if best is None else best[1]
+    return test.confusion(counted.to(ranks.device)), counted
 
 
 def _learn(

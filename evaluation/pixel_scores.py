@@ -1,4 +1,8 @@
-"""Scores of pixel-wise predictions at the labels' resolution, with and without CRF."""
+"""Scores of pixel-wise predictions at the labels' resolution, with and without CRF.
+
+As published, a pixel takes its largest logit at the size of the images, and the map of classes is
+then resized to the label's, each pixel the nearest one. The CRF refines at the label's size.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +22,10 @@ from evaluation.crf import CrfConfig, refine
 from evaluation.features import own_samples, precision, require_pixels, shown
 from evaluation.linear_classifier import LinearClassifier
 from evaluation.miou import Counts, Mean, confusion, foreground_iou, score
+from evaluation.resolution import Resolution, at_resolution
 from evaluation.result import Result
 from trainer.distributed import Ranks, all_reduce_sum
+from trainer.model import upsample
 
 Features = Callable[[Tensor], Tensor]  # normalised pixels [b, 3, S, S] to [b, F, h, w]
 
@@ -42,7 +48,7 @@ class ClassMap:
     def columns(self) -> int:
         return self.classes if self.of_prediction is None else self.classes + 1
 
-    def count(self, label: Label, prediction: NDArray[np.int64]) -> Counts:
+    def count(self, label: Label, prediction: NDArray[np.integer[Any]]) -> Counts:
         """int64 [classes, columns] of one image."""
         if self.of_label is not None:
             label = np.where(label >= 0, self.of_label[np.maximum(label, 0)], label)
@@ -66,24 +72,28 @@ def count_predictions(
     ranks: Ranks,
     crf: CrfConfig | None = None,
     threads: int = 1,
+    resolution: Resolution = "label",
 ) -> list[Counts]:
     """Confusion over all ranks, and with a CRF a second one; a collective.
 
     Args:
         images: this rank's: image uint8 [H, W, 3] (None will do without CRF), label [H, W], and
-            logits [C, H, W].
+            logits [C, S, S].
         classes: what labels and predictions become.
-        crf: applied to the softmax of the logits, in `threads` threads; NumPy lets go of the
-            interpreter's lock.
+        crf: applied to the softmax of the logits at the label's size, in `threads` threads; NumPy
+            lets go of the interpreter's lock.
+        threads: see `crf`.
+        resolution: at which pixels are counted: the label's own, or the square's; without CRF.
     """
     empty = np.zeros((classes.classes, classes.columns), np.int64)
     tally = _Tally(empty, empty.copy())
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for image, label, logits in images:
-            tally.plain += classes.count(label, logits.argmax(0).cpu().numpy())
+            tally.plain += classes.count(*at_resolution(label, logits.argmax(0).cpu(), resolution))
             if crf is not None:
                 assert image is not None
-                probabilities = logits.softmax(0).cpu().numpy()
+                size = (label.shape[0], label.shape[1])
+                probabilities = upsample(logits[None], size)[0].softmax(0).cpu().numpy()
                 job = pool.submit(_count_refined, image, label, probabilities, classes, crf)
                 tally.waiting.append(job)
             if len(tally.waiting) > threads:
@@ -146,7 +156,7 @@ def count_streamed(
                 found = features(pixels)
             for one, image in zip(found, batch, strict=True):
                 with torch.inference_mode():
-                    logits = classifier.logits_at(one, images.size, image.label.shape)
+                    logits = classifier.logits_at(one, images.size)
                 yield image.image, image.label, logits
 
     bar = shown(predicted(), how.title, len(numbers), ranks)

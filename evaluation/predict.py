@@ -247,7 +247,8 @@ class Predictor:
         elif self.kind == "pixel-kmeans":
             classes = self._match[resize_nearest(values[i], size).numpy()]
         else:
-            classes = self._classify(values[i : i + 1], maps.size, size)
+            decided = self._classify(values[i : i + 1], maps.size)
+            classes = resize_nearest(torch.from_numpy(decided), size).numpy()
         probability = None
         if saliency is not None and self.config.saliency:
             logits = upsample(saliency[i : i + 1, None], size)
@@ -330,28 +331,25 @@ class Predictor:
         directions = F.normalize(upsample(embedding, size).float(), dim=1)
         return nearest_centres(directions, self._clusters).to(torch.int16).cpu()
 
-    def _classify(self, features: Tensor, *sizes: Size) -> NDArray[np.int16]:
-        """Class of each pixel, int16, of features [1, C, h, w] upsampled to the sizes in turn."""
+    def _classify(self, features: Tensor, size: Size) -> NDArray[np.int16]:
+        """Class of each pixel, int16 [*size], of features [1, C, h, w]."""
         kept = features.to(self._kept_as).float()
         logits = F.conv2d(kept, self._weight, self._bias)
-        return largest_channel(logits, *sizes)
+        return largest_channel(logits, size)
 
 
-def largest_channel(logits: Tensor, *sizes: Size, at_once: int = _LOGITS) -> NDArray[np.int16]:
+def largest_channel(logits: Tensor, size: Size, at_once: int = _LOGITS) -> NDArray[np.int16]:
     """The first of the largest channels of logits [1, C, h, w] after upsampling, int16 [H, W].
 
     Args:
         logits: of classes.
-        sizes: upsampled to the first, from there to the second, ….
+        size: (H, W).
         at_once: values that are upsampled at a time, as all classes of a large image are too many.
     """
-    count = max(1, at_once // max(height * width for height, width in sizes))
+    count = max(1, at_once // (size[0] * size[1]))
     best, winner = None, None
     for first in range(0, logits.shape[1], count):
-        part = logits[:, first : first + count]
-        for size in sizes:
-            part = upsample(part, size)
-        values, channels = part.max(1)
+        values, channels = upsample(logits[:, first : first + count], size).max(1)
         if best is None or winner is None:
             best, winner = values, channels.to(torch.int16)
             continue

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from data_pipeline.errors import InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.pictures import encode_png
-from data_pipeline.resize import Resize, require_resize
+from data_pipeline.resize import Resize, require_resize, resize_nearest
 from data_pipeline.sample import safe_key
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise
 from evaluation.features import precision, require_pixels, require_precision, shown
@@ -291,9 +291,10 @@ def _by_classifier(
     def one(frame: WholeImage) -> Mask:
         with precision(config.precision, ranks.device):
             features = encoder.network.features(_on_device(frame.pixels, ranks))
-        # by way of the square, as the classifier was learned and is scored
+        # decided at the square, as linear classifiers are scored
         logits = upsample(F.conv2d(features.float(), weight, bias), (head.size, head.size))
-        found: Mask = upsample(logits, frame.label.shape).argmax(1)[0].cpu().numpy() > 0
+        height, width = frame.label.shape
+        found: Mask = resize_nearest(logits.argmax(1)[0].cpu(), (height, width)).numpy() > 0
         return found
 
     return lambda frames: map(one, frames)

@@ -39,7 +39,7 @@ def linear(
     size: common.Size = None,
     resize: common.Resizing = None,
     epochs: Annotated[int, typer.Option(help="Epochs of the classifier.")] = 60,
-    decay_epoch: Annotated[int, typer.Option(help="The rate is a tenth after it.")] = 25,
+    decay_epoch: Annotated[int, typer.Option(help="From 0 on; the rate is a tenth after it.")] = 25,
     batch_size: Annotated[int, typer.Option(help="Images a step, over all ranks.")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.1,
     augment: Annotated[bool, typer.Option(help="Flip, rotate, scale; else cache features.")] = True,
