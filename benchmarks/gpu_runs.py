@@ -178,7 +178,7 @@ def train(
     program = ("tests.faulty_train", *fault) if fault else ("trainer.train",)
     command = [
         *(sys.executable, "-m", "launch.ranks", "--standalone", f"--nproc-per-node={ranks}"),
-        *("-m", *program, "--recipe", "voc_unsupervised_saliency"),
+        *("-m", *program, "--recipe", "voc_unsupervised_saliency", "model.start=random"),
         *(f"data.shards={manifest.root}", f"run.directory={run}", f"run.device={DEVICE.type}"),
         *(
             f"data.batch_size={16 * ranks}",

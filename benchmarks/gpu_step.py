@@ -33,7 +33,8 @@ def settings(manifest: Manifest, run: Path, *more: str) -> list[str]:
     return [
         *(f"data.shards={manifest.root}", f"run.directory={run}", f"run.device={DEVICE.type}"),
         *(f"data.batch_size={BATCH}", "bank.capacity=65536", "bank.mask_same_image=true"),
-        *("run.precision=bf16", "run.tensorboard=false", "run.steps=1000", *more),
+        *("run.precision=bf16", "run.tensorboard=false", "run.steps=1000", "model.start=random"),
+        *more,
     ]
 
 

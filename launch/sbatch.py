@@ -172,7 +172,7 @@ _SAID = {
 # Trains a pixel encoder on one or more nodes, and finishes: near its time limit the job writes a
 # checkpoint and requeues itself, when nodes fail SLURM does that, and it goes on where it was.
 #
-#   sbatch --nodes=4 train.sbatch --recipe voc_unsupervised_saliency \\
+#   sbatch --nodes=4 train.sbatch --recipe voc_supervised_saliency \\
 #       data.shards=/data/shards run.directory=/data/runs/voc
 #
 # Arguments are those of `maskbank train`. What it does in which case: docs/slurm.md.""",

@@ -27,7 +27,7 @@ Everything behind `--` is what `maskbank train`, `evaluate` or `shards build` ta
 Jobs parted by `--then` start one after the other, each when the one before it is COMPLETED.
 
 Example: `maskbank submit shards --array 0-7 -- folder --images photos --masks masks --output shards
---then train --nodes 2 --gpus-per-node 8 --time 24:00:00 -- --recipe voc_unsupervised_saliency
+--then train --nodes 2 --gpus-per-node 8 --time 24:00:00 -- --recipe voc_supervised_saliency
 data.shards=shards run.directory=runs/voc
 --then evaluate --gpus-per-node 8 -- kmeans runs/voc --shards shards-val`
 """

@@ -230,7 +230,7 @@ def test_images_are_normalised_as_timms_weights_expect_it() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["voc_vit_small", "voc_convnext_tiny"])
 def test_recipes_name_parts_that_their_networks_have(recipe: str) -> None:
-    config = load_config(recipe)
+    config = load_config(recipe, None, ["model.start=random"])
     encoder = PixelEncoder(config.model).eval()
     with torch.no_grad():
         assert encoder(noise(1, 3, 64, 64)).embedding.shape == (1, 32, 8, 8)

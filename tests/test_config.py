@@ -23,13 +23,13 @@ ROOT = Path(__file__).parent.parent
     ("recipe", "batch", "capacity", "freeze", "start"),
     [
         ("voc_supervised_saliency", 64, 128, ("conv1", "bn1", "layer1", "layer2"), "imagenet"),
-        ("voc_unsupervised_saliency", 128, 256, (), "random"),
+        ("voc_unsupervised_saliency", 128, 256, (), "moco_v2.pth.tar"),
     ],
 )
 def test_recipes_hold_the_papers_values(
     recipe: str, batch: int, capacity: int, freeze: tuple[str, ...], start: str
 ) -> None:
-    config = load_config(recipe)
+    config = load_config(recipe, None, [] if start == "imagenet" else [f"model.start={start}"])
     assert (config.data.batch_size, config.bank.capacity) == (batch, capacity)
     assert (config.model.freeze, config.model.start) == (freeze, start)
     assert (config.run.epochs, config.run.steps, config.run.precision) == (40, 0, "float32")
@@ -50,9 +50,32 @@ def test_recipes_hold_the_papers_values(
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_the_saved_configuration_is_the_same_configuration(recipe: str, tmp_path: Path) -> None:
-    config = load_config(recipe, None, ["run.seed=7", "data.shards=a b"])
+    config = load_config(recipe, None, ["run.seed=7", "data.shards=a b", "model.start=random"])
+    assert config.model.start == "random"
     save_config(config, tmp_path / "config.yaml")
     assert load_config(file=tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weights"),
+    [("voc_unsupervised_saliency", "MoCo v2's checkpoint"), ("voc_vit_small", "DINO's weights")],
+)
+def test_a_recipe_that_needs_weights_does_not_train_without_a_word_about_them(
+    recipe: str, weights: str, tmp_path: Path
+) -> None:
+    message = f"recipe {recipe} needs model.start; give model.start=FILE, {weights}.*start=random"
+    with pytest.raises(InputError, match=message):
+        load_config(recipe)
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim:\n  lr: 0.1\n")
+    with pytest.raises(InputError, match=message):
+        load_config(recipe, file)
+    file.write_text("model:\n  start: weights.pth\n")
+    assert load_config(recipe, file).model.start == "weights.pth"
+    file.write_text("data:\n  shards: ???\n")  # a user's own file may leave settings open too
+    with pytest.raises(InputError, match="mine.yaml needs data.shards; give data.shards=VALUE"):
+        load_config("demo_cpu", file)
+    assert load_config("demo_cpu", file, ["data.shards=s"]).data.shards == "s"
 
 
 def test_later_layers_win(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ class TrainConfig:
 
 
 _RECIPES = Path(__file__).with_name("recipes")
+_TO_BE_GIVEN = "???"  # begins a value that has to be given; what follows says what is meant
 
 # What may change when a run goes on: where things are and how fast, never what is computed.
 _FREE_ON_RESUME = {
@@ -181,7 +182,8 @@ def load_config(
     """Merges a recipe, a YAML file and `key=value` arguments, later ones winning.
 
     Raises:
-        InputError: an unknown recipe or key, a wrong type, or a value out of range.
+        InputError: an unknown recipe or key, a wrong type, a value out of range, or one that a
+            recipe leaves to its user: a text of `???` and what to give.
     """
     layers = []
     if recipe is not None:
@@ -247,11 +249,18 @@ def _read_yaml(file: Path) -> DictConfig:
 def _build(layers: Sequence[tuple[str, Any]]) -> TrainConfig:
     known = _flatten(TrainConfig())
     merged: Any = OmegaConf.create({})
+    to_be_given: dict[str, str] = {}
     for where, layer in layers:
-        for key in _leaves(OmegaConf.to_container(layer, resolve=False)):
+        for key, value in _leaves(OmegaConf.to_container(layer, resolve=False)):
             if key not in known:
                 raise InputError(f"{where}: there is no setting {key!r}; {_neighbours(key, known)}")
+            to_be_given.pop(key, None)
+            if str(value).startswith(_TO_BE_GIVEN):
+                what = str(value).removeprefix(_TO_BE_GIVEN).strip()
+                to_be_given[key] = f"{where} needs {key}; {_remedy(key, what)}"
         merged = OmegaConf.merge(merged, layer)
+    for message in to_be_given.values():
+        raise InputError(message)
     sections: dict[str, Any] = {}
     for section in fields(TrainConfig):
         kind: Any = section.default_factory
@@ -268,13 +277,23 @@ def _build(layers: Sequence[tuple[str, Any]]) -> TrainConfig:
     return TrainConfig(**sections)
 
 
+def _remedy(key: str, what: str) -> str:
+    """What to give for a setting that a recipe leaves open."""
+    if key != "model.start":
+        return f"give {key}={what or 'VALUE'}"
+    return (
+        f"give model.start=FILE, {what or 'the weights to start from'}; with model.start=random it "
+        "trains from random weights, which is another experiment"
+    )
+
+
 def _freeze(kind: Any, values: Any) -> Any:
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _leaves(value: Any, prefix: str = "") -> list[str]:
+def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(value, dict):
-        return [prefix[:-1]]
+        return [(prefix[:-1], value)]
     return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{prefix}{key}.")]
 
 
