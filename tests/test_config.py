@@ -73,7 +73,7 @@ def test_a_recipe_that_needs_weights_does_not_train_without_a_word_about_them(
     file.write_text("model:\n  start: weights.pth\n")
     assert load_config(recipe, file).model.start == "weights.pth"
     file.write_text("data:\n  shards: ???\n")  # a user's own file may leave settings open too
-    with pytest.raises(InputError, match="mine.yaml needs data.shards; give data.shards=VALUE"):
+    with pytest.raises(InputError, match=r"mine\.yaml needs data\.shards; give data"):
         load_config("demo_cpu", file)
     assert load_config("demo_cpu", file, ["data.shards=s"]).data.shards == "s"
 
