@@ -414,3 +414,24 @@ def test_a_real_run_on_a_tree(
     assert "44.2 (MaskContrast, supervised saliency, ImageNet start)" in page
     with np.load(run / "evaluation/voc/examples-trained.npz") as examples:
         assert examples["key"].tolist() == list(VOC_IMAGES)
+
+
+def test_the_table_follows_the_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    run, root = tiny_run(tmp_path / "run"), coco(tmp_path / "data")
+    place = ("--root", root, "--device", "cpu", "--size", SIZE, "--rows", "kmeans")
+    curated = ("--list", root / "curated.txt")
+    names = ("resize", "resolution", "mean", "fit_on")
+    for more, expected in (
+        ((), ("crop", "image", "present", "train")),
+        (("--resize", "opencv", "--mean", "all"), ("opencv", "image", "all", "train")),
+    ):
+        command = ("table", run, "--data-set", "coco-stuff-27", *place, *curated, *more)
+        status, _, error = evaluate(capsys, *command)
+        assert status == 0, error
+        found = read_result(run, "coco-stuff-27/kmeans-trained")["options"]
+        assert tuple(found[name] for name in names) == expected
+    (root / "train2017").rename(root / "away")
+    assert "no images for --split 'train2017'" in refused(capsys, *command)

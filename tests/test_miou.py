@@ -4,7 +4,20 @@ import numpy as np
 import pytest
 from sklearn.metrics import jaccard_score
 
-from evaluation.miou import confusion, foreground_iou, score
+from data_pipeline.errors import InputError
+from evaluation.miou import confusion, foreground_iou, require_mean, score
+
+
+def test_a_mean_over_all_classes_counts_absent_ones_as_0() -> None:
+    """PASCAL's, as published; one that is only predicted is 0 there too, and elsewhere left out."""
+    matrix = np.array([[6, 0, 2, 0], [0, 4, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    found = score(matrix, "all")
+    assert found.miou == pytest.approx((75 + 100 + 0 + 0) / 4)
+    assert score(matrix).miou == pytest.approx((75 + 100) / 2)
+    assert np.isnan(found.iou).tolist() == [False, False, True, True]
+    assert np.isnan(score(np.zeros((3, 3), np.int64), "all").miou)
+    with pytest.raises(InputError, match="--mean is 'some'; it can be present or all"):
+        require_mean("some")
 
 
 def test_confusion_counts_truth_in_rows_and_leaves_ignored_out() -> None:

@@ -89,12 +89,14 @@ def evaluated(scenes: ShardSet, kind: str) -> tuple[SavedHead, NDArray[np.int64]
         return SavedHead(
             "linear", tensors, scenes.classes, "", SIZE, HALVES, 3, "opencv"
         ), result.confusion
-    prototype = HALVES if kind == "kmeans" else PrototypeConfig()
+    prototype = PrototypeConfig() if kind in ("kmeans as published", "pixel-kmeans") else HALVES
+    resize: Any = kind.partition(", ")[2] or "opencv"
     unit: Any = "pixel" if kind == "pixel-kmeans" else "image"
     pca = 0 if unit == "pixel" else 4
     # more clusters than classes, so that some have no class
     cluster = ClusterConfig(len(scenes.classes) + 1, pca=pca, seeds=(1,))
-    return kmeans_head(scenes, KMeansConfig(SIZE, prototype, cluster, unit=unit, batch_size=BATCH))
+    config = KMeansConfig(SIZE, prototype, cluster, unit=unit, batch_size=BATCH, resize=resize)
+    return kmeans_head(scenes, config)
 
 
 def outputs(folder: Path, head: SavedHead | None, *kinds: str) -> Outputs:
@@ -102,7 +104,11 @@ def outputs(folder: Path, head: SavedHead | None, *kinds: str) -> Outputs:
 
 
 @pytest.mark.parametrize(
-    "kind", ["kmeans", "kmeans as published", "pixel-kmeans", "linear", "own classifier"]
+    "kind",
+    [
+        *("kmeans", "kmeans as published", "kmeans, antialias"),
+        *("pixel-kmeans", "linear", "own classifier"),
+    ],
 )
 def test_files_are_predicted_as_the_evaluation_scores_them(
     scenes: ShardSet, folder: Path, tmp_path: Path, kind: str
@@ -122,6 +128,35 @@ def test_files_are_predicted_as_the_evaluation_scores_them(
         matrix += confusion(label, prediction % (classes + 1), classes, classes + 1)
     assert matrix[:, : expected.shape[1]].tolist() == expected.tolist()
     assert np.count_nonzero(matrix.sum(0)) > 2  # it tells more than background apart
+
+
+def test_centres_that_were_scored_are_predicted_as_a_whole(scenes: ShardSet) -> None:
+    """At the same scale, whatever the ratio; a square image as it was scored, to the pixel."""
+    cluster = ClusterConfig(5, pca=0, seeds=(1,))
+    config = KMeansConfig(24, cluster=cluster, unit="pixel", resize="crop", batch_size=1)
+    head, _ = kmeans_head(scenes, config)
+    predictor = Predictor(random_encoder(), head)
+    image = scenes_image(scenes, 0)
+    wide = predictor.resized(image)
+    height, width = image.shape[:2]
+    assert wide.shape == (3, 24 * height // min(height, width), 24 * width // min(height, width))
+    assert predictor.predict(image).classes.shape == (height, width)
+    square = image[:30, :30]
+    predictions = list(
+        predictor.predict_resized(
+            [predictor.resized(one) for one in (square, image)], [(30, 30), (height, width)]
+        )
+    )
+    assert [one.classes.shape for one in predictions] == [(30, 30), (height, width)]
+    squashed = Predictor(random_encoder(), head, config=PredictConfig(resize="opencv"))
+    assert predictions[0].classes.tolist() == squashed.predict(square).classes.tolist()
+    assert predictions[1].classes.tolist() != squashed.predict(image).classes.tolist()
+
+
+def scenes_image(scenes: ShardSet, number: int) -> NDArray[np.uint8]:
+    """One that is no square."""
+    image = WholeImages(scenes, SIZE, 1).read(number).image
+    return image[: image.shape[0] - 8] if image.shape[0] == image.shape[1] else image
 
 
 def test_a_head_survives_its_file(scenes: ShardSet, tmp_path: Path) -> None:
@@ -557,6 +592,7 @@ def test_command(
     assert (out / "legend.png").is_file()
     assert "8 there already" in command(*given)[1]
     # another head, and one that is of another step
+    assert record["made_by"]["resize"] == "opencv"
     head, _ = evaluated(scenes, "kmeans")
     default = run / "evaluation" / "kmeans-trained.safetensors"
     head.write(default)
@@ -582,6 +618,8 @@ def test_command(
         (("--write", "gif"), "can be any of colour"),
         (("--own-classifier",), "no classifier of its own"),
         (("--max-side", 10), "at least 64"),
+        (("--resize", "cubic"), "--resize is 'cubic'; it can be opencv, antialias, crop"),
+        (("--resize", "antialias"), "resize, which would be mixed with these"),
         (("--head", tmp_path / "none"), "there is no file"),
     ):
         status, said = command(*given, *wrong)

@@ -23,7 +23,7 @@ def clustered() -> SavedHead:
     clusters = Clusters(draw.normal(size=4), draw.normal(size=(4, 3)), draw.normal(size=(2, 3)))
     tensors = clusters_as_tensors(clusters, [0, 2, -1])
     return SavedHead(
-        "kmeans", tensors, CLASSES, "voc", 160, PrototypeConfig("probability"), 9, "opencv"
+        "kmeans", tensors, CLASSES, "voc", 160, PrototypeConfig("probability"), 9, "antialias"
     )
 
 
@@ -62,6 +62,7 @@ def broken(**changes: Any) -> SavedHead:
         (broken(kind="linear"), "of kind 'linear' with centres"),
         (broken(kind="tree"), "of kind 'tree'"),
         (broken(size=1 << 20), "size 1048576"),
+        (broken(resize="cubic"), "resize 'cubic'"),
         (broken(classes=("background",)), "1 classes"),
         (broken(classes=("background", "ant")), "do not fit together"),
         (broken(tensors={**clustered().tensors, "mean": torch.zeros(7)}), "do not fit together"),
