@@ -151,7 +151,7 @@ def _plan(source: common.Source, given: dict[str, Any]) -> Plan:
     """The options as the configurations of the rows, which check them."""
     size, precision = source.size(given["size"]), given["precision"]
     resize, mean = source.resize(given["resize"]), source.mean(given["mean"])
-    frames = "opencv" if resize == "crop" else resize  # of the row that has no crop
+    frames: Any = "opencv" if resize == "crop" else resize  # of the row that has no crop
     settings = data_set_settings(source) | {"resize": resize, "mean": mean}
     prototype = PrototypeConfig(given["foreground"], given["threshold"], given["pooling"])
     pca = DEFAULT_PCA[settings["unit"]] if given["pca"] is None else given["pca"]
