@@ -1,6 +1,7 @@
 """Opens image files of any origin: safely, completely, and upright."""
 
 import io
+import os
 import struct
 import zlib
 from typing import Any
@@ -156,6 +157,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise SampleError("image", "has 32-bit values of unknown range; save it with 8 or 16 bits")
     return Image.fromarray(np.asarray(image.convert("RGB")))
+
+
+def read_picture(path: str, lenient: bool = False) -> NDArray[np.uint8]:
+    """An image file, upright, as RGB: uint8 [H, W, 3].
+
+    Args:
+        path: of the file.
+        lenient: takes JPEGs that a decoder only warns about.
+
+    Raises:
+        SampleError: it is no image, is damaged, or is larger than `MAX_PIXELS`.
+        OSError: it cannot be read.
+    """
+    if not os.path.isfile(path):  # a pipe would never end
+        raise SampleError("read", "is no file" if os.path.exists(path) else "there is no such file")
+    with open(path, "rb") as file:
+        data = file.read()
+    image, orientation = open_checked(data, "image", lenient=lenient)
+    try:
+        pixels = to_rgb(image)
+    except SampleError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, …
+        raise SampleError("image", f"cannot be decoded ({str(error)[:200]})") from None
+    # a copy, as torch may not share read-only memory
+    return np.array(pixels if image.format == "TIFF" else turn(pixels, orientation))
 
 
 def encode_png(values: Any) -> bytes:

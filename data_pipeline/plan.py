@@ -20,7 +20,7 @@ from typing import Any
 from data_pipeline.build_config import BuildConfig
 from data_pipeline.sample import safe_key
 from data_pipeline.scratch import open_scratch
-from data_pipeline.sources.item import Failure, Item, Listing
+from data_pipeline.sources.item import Failure, Item, Listing, share_a_stem
 
 _SCHEMA = """
 CREATE TABLE listed (key BLOB, rank INTEGER, size INTEGER, source BLOB, data BLOB);
@@ -145,8 +145,8 @@ class Plan:
             rows = database.execute(
                 "SELECT source FROM listed WHERE key = ? ORDER BY source", (key,)
             ).fetchall()
-            names = ", ".join(_text(source) for (source,) in rows[:5])
-            reason = f"duplicate stem: {names}" + (", …" if len(rows) > 5 else "")
+            names = [_text(source) for (source,) in rows[:5]]
+            reason = share_a_stem(names, more=len(rows) > 5)
             database.executemany(
                 "INSERT INTO unmatched VALUES (?, ?, ?, ?)",
                 [(key, source, b"match", _blob(reason)) for (source,) in rows],

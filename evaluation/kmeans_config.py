@@ -9,7 +9,7 @@ from evaluation.cluster import ClusterConfig
 from evaluation.features import require_precision
 from evaluation.matching import CRITERIA, Criterion
 from evaluation.miou import Mean, require_mean
-from evaluation.prototypes import PrototypeConfig
+from evaluation.prototypes import GIVEN_MASKS, PrototypeConfig
 from evaluation.resolution import Resolution, require_resolution
 from trainer.encoder import Encoder
 
@@ -76,4 +76,4 @@ class KMeansConfig:
     def require(self, encoder: Encoder) -> None:
         """Raises InputError where the network cannot do this: said before any work."""
         if self.unit == "image" and self.prototype.foreground != "mask":
-            encoder.require("saliency")
+            encoder.require("saliency", "this", GIVEN_MASKS)

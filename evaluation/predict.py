@@ -31,6 +31,10 @@ from trainer.encoder import Encoder
 from trainer.model import upsample
 
 SALIENCY_CLASSES = ("background", "object")
+_LEARN = (
+    "give --head a file of `maskbank evaluate linear`, or of `evaluate kmeans --unit pixel`, which "
+    "need none"
+)
 _LOGITS = 1 << 26  # upsampled at a time
 Size = tuple[int, int]
 
@@ -363,7 +367,7 @@ def largest_channel(logits: Tensor, size: Size, at_once: int = _LOGITS) -> NDArr
 
 def _require_fit(encoder: Encoder, head: SavedHead | None) -> None:
     if head is None:
-        encoder.require("saliency", "a prediction without --head")
+        encoder.require("saliency", "a prediction without --head", _LEARN)
         return
     config = encoder.network.config
     if head.kind == "linear":
@@ -381,7 +385,7 @@ def _require_fit(encoder: Encoder, head: SavedHead | None) -> None:
                 "the head was made on the data set's own saliency masks (--foreground mask), which "
                 "other images have not; evaluate with --foreground probability, or --unit pixel"
             )
-        encoder.require("saliency", "a head of images' foregrounds")
+        encoder.require("saliency", "a head of images' foregrounds", _LEARN)
 
 
 def _half(embedding: Tensor) -> NDArray[np.float16]:

@@ -146,7 +146,7 @@ def _load(
     """The network with its head, on the CPU, and what to call the head."""
     encoder = load_encoder(network)
     if "saliency" in kinds:
-        encoder.require("saliency", "--write saliency")
+        encoder.require("saliency", "--write saliency", "leave that out of --write")
     chosen, where = choose_head(encoder, network, head, own_classifier)
     predictor = Predictor(encoder, chosen, "cpu", config)
     if "imagenet-s" in kinds and len(predictor.classes) > _IMAGENET_S_CLASSES:

@@ -8,11 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from data_pipeline.errors import InputError, SampleError
-from data_pipeline.pictures import open_checked, to_rgb, turn
-from data_pipeline.sample import UInt8
+from data_pipeline.errors import InputError
 from data_pipeline.sources.match_trees import pictures
 
 # folders below the output, one for each kind that --write can name
@@ -68,31 +64,6 @@ def find_pictures(arguments: Sequence[str], output: Path) -> list[PictureFile]:
     base = _common_folder(arguments)
     names = _names([os.path.relpath(path, base) for path in paths])
     return [PictureFile(*each) for each in zip(paths, names, strict=True)]
-
-
-def read_picture(path: str, lenient: bool = False) -> UInt8:
-    """An image file, upright, as RGB: uint8 [H, W, 3].
-
-    Args:
-        path: of the file.
-        lenient: takes JPEGs that a decoder only warns about.
-
-    Raises:
-        SampleError: it is no image, is damaged, or is larger than `MAX_PIXELS`.
-        OSError: it cannot be read.
-    """
-    if not os.path.isfile(path):  # a pipe would never end
-        raise SampleError("read", "is no file" if os.path.exists(path) else "there is no such file")
-    with open(path, "rb") as file:
-        data = file.read()
-    image, orientation = open_checked(data, "image", lenient=lenient)
-    try:
-        pixels = to_rgb(image)
-    except SampleError:
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, …
-        raise SampleError("image", f"cannot be decoded ({str(error)[:200]})") from None
-    return np.asarray(pixels if image.format == "TIFF" else turn(pixels, orientation))
 
 
 def _expand(argument: str) -> Iterator[str]:

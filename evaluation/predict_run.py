@@ -14,10 +14,11 @@ from torch import Tensor
 
 from data_pipeline.errors import SampleError
 from data_pipeline.files import atomic_write, encode_json
+from data_pipeline.pictures import read_picture
 from data_pipeline.sample import UInt8
 from evaluation.features import own_samples, shown
 from evaluation.predict import Prediction, Predictor
-from evaluation.predict_inputs import PictureFile, read_picture
+from evaluation.predict_inputs import PictureFile
 from evaluation.predict_outputs import Outputs
 from trainer.distributed import Ranks, all_reduce_sum, barrier
 

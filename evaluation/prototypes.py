@@ -15,6 +15,8 @@ from trainer.model import upsample
 
 Foreground = Literal["logit", "probability", "mask"]
 Pooling = Literal["weighted", "normalized"]
+# what a network without a saliency head can do where data sets have masks
+GIVEN_MASKS = "--foreground mask uses the saliency masks of the data set instead"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from data_pipeline.resize import Resize, require_resize
 from data_pipeline.whole_images import WholeImages
 from evaluation.features import require_pixels, require_precision
 from evaluation.miou import Counts, Mean, foreground_iou, mean_iou, require_mean, score
-from evaluation.prototypes import PrototypeConfig
+from evaluation.prototypes import GIVEN_MASKS, PrototypeConfig
 from evaluation.resolution import Resolution, require_resolution
 from evaluation.result import Result
 from evaluation.statistics import ImageStatistics, collect_statistics
@@ -64,7 +64,7 @@ class RetrievalConfig:
     def require(self, encoder: Encoder) -> None:
         """Raises InputError where the network cannot do this: said before any work."""
         if self.prototype.foreground != "mask":
-            encoder.require("saliency")
+            encoder.require("saliency", "this", GIVEN_MASKS)
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,8 @@ def test_a_linear_probe_brings_its_classifier(plain: Plain, tmp_path: Path, kind
         assert encoder.embeddings(IMAGES).shape == (2, 256, 32, 40)
     assert encoder.network.config.embedding_dim == encoder.network.config.decoder_channels == 256
     assert encoder.double().classifier[0].dtype == torch.float64  # type: ignore[index]
-    with pytest.raises(InputError, match=r"probe\.pth has no saliency head.*K-means.*--foreground"):
-        encoder.require("saliency", "K-means")
+    with pytest.raises(InputError, match=r"probe\.pth has no saliency head.*K-means.*; take masks"):
+        encoder.require("saliency", "K-means", "take masks")
 
 
 def test_moco_is_its_backbone(

@@ -124,7 +124,10 @@ def test_failures_are_named_in_the_order_of_the_pictures(tmp_path: Path) -> None
     ]
     reasons = {source: reason for source, _, reason in failures(report)}
     assert reasons["a/dark.png"] == "nothing is salient"
-    assert reasons["c/two.png"] == "duplicate stem (c/two.jpg, c/two.png)"
+    assert reasons["c/two.png"] == (
+        "duplicate stem: rename all but one, or give them folders of their own "
+        "(c/two.jpg, c/two.png)"
+    )
     assert reasons["empty.png"] == "the file is empty"
     assert reasons["old.gif"] == ".gif is not read"
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from data_pipeline.errors import InputError, SampleError
 from data_pipeline.labelled import ShardSet
+from data_pipeline.pictures import read_picture
 from data_pipeline.sample import decode_label
 from data_pipeline.sources.imagenet_s import decode_annotation
 from data_pipeline.whole_images import WholeImages
@@ -29,7 +30,7 @@ from evaluation.miou import confusion
 from evaluation.palettes import MAX_CLASSES, class_palette, legend
 from evaluation.predict import PredictConfig, Prediction, Predictor, largest_channel
 from evaluation.predict_cli import choose_head, main
-from evaluation.predict_inputs import OUTPUT_KINDS, PictureFile, find_pictures, read_picture
+from evaluation.predict_inputs import OUTPUT_KINDS, PictureFile, find_pictures
 from evaluation.predict_outputs import Outputs, colour_png, imagenet_s_png, index_png
 from evaluation.predict_run import Counts, predict_files
 from evaluation.prototypes import PrototypeConfig

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
+from data_pipeline.resize import Resize
 from trainer.checkpoint import DESCRIPTION, FOLDER, Checkpoint, newest_checkpoint
 from trainer.config import TrainConfig, load_config
 from trainer.foreign import Classifier, FileNetwork, read_network
+from trainer.images import Pictures, prepare_images, require_images
 from trainer.model import PixelEncoder, upsample
 from trainer.partial import PARTS, Part, PartialEncoder
 from trainer.settings import ModelConfig
@@ -20,10 +22,7 @@ _REMEDIES: dict[Part, tuple[str, str]] = {
     "backbone": ("backbone", _TRAINED),
     "decoder": ("decoder", _TRAINED),
     "embedding": ("embedding head", _TRAINED),
-    "saliency": (
-        "saliency head",
-        "--foreground mask uses the saliency masks of the data set instead",
-    ),
+    "saliency": ("saliency head", _TRAINED),
 }
 
 
@@ -65,31 +64,58 @@ class Encoder(nn.Module):
             return None
         return weight, bias
 
-    def require(self, part: Part, purpose: str = "this") -> None:
+    def require(self, part: Part, purpose: str = "this", remedy: str = "") -> None:
         """Raises InputError unless the network has `part`, which `purpose` needs; before any work.
 
         A backbone alone can be embedded without an embedding head: by its own features.
+
+        Args:
+            part: of a network.
+            purpose: for the message.
+            remedy: what to do about it there, if not to take another network.
         """
         if part not in self.parts:
-            name, remedy = _REMEDIES[part]
+            name, usual = _REMEDIES[part]
+            remedy = remedy or usual
             raise InputError(f"{self.origin} has no {name}, which {purpose} needs; {remedy}")
+
+    def images(self, pictures: Pictures, size: int = 512, resize: Resize = "opencv") -> Tensor:
+        """What `embed` takes, from pictures: float32 [B, 3, S, S] on the network's device.
+
+        Resized and normalised as in evaluation, whose figures hold for these.
+
+        Args:
+            pictures: one or several of: a path, a PIL image of any mode (turned upright as its EXIF
+                says), an RGB array uint8 [H, W, 3] or grey [H, W], a tensor uint8 [3, H, W]; or an
+                array or tensor of several.
+            size: S, pixels; that of your evaluations.
+            resize: opencv or antialias (`resize_image`).
+
+        Raises:
+            InputError: something else, naming which.
+        """
+        device = next(self.network.parameters()).device
+        return prepare_images(pictures, size, resize).to(device)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings [B, D, H, W] (not normalised) and saliency logits [B, H, W].
 
         Args:
-            images: float32 [B, 3, H, W], normalised with ImageNet's mean and deviation.
+            images: as `images` makes them: float [B, 3, H, W], normalised with ImageNet's mean and
+                deviation.
 
         Raises:
-            InputError: the network has no saliency head; `embeddings` needs none.
+            InputError: the network has no saliency head, or `images` is something else.
         """
-        self.require("saliency", "predicted saliency")
+        require_images(images)
+        self.require("saliency", "predicted saliency", "`embeddings` works without one")
         size = (images.shape[2], images.shape[3])
         output = self.network(images)
         return upsample(output.embedding, size), upsample(output.saliency, size)[:, 0]
 
     def embeddings(self, images: Tensor) -> Tensor:
         """Embeddings [B, D, H, W] (not normalised), of a network with or without saliency."""
+        require_images(images)
         size = (images.shape[2], images.shape[3])
         return upsample(self.network(images).embedding, size)
 

@@ -36,7 +36,7 @@ from data_pipeline.masks.mask_task import (
 from data_pipeline.masks.methods import Method
 from data_pipeline.masks.postprocess import SKIP, PostprocessConfig
 from data_pipeline.sources.folder import list_folder
-from data_pipeline.sources.item import Failure, Item
+from data_pipeline.sources.item import Failure, Item, share_a_stem
 from data_pipeline.sources.match_trees import IMAGE_SUFFIXES, pictures
 from data_pipeline.storage import Location
 from data_pipeline.workers import run_tasks
@@ -277,10 +277,10 @@ def _one_a_stem(entries: Iterable[Entry]) -> Iterator[Entry]:
         if len(items) < 2:
             yield from alike
             continue
-        names = ", ".join(item.source for item in items)
+        reason = share_a_stem([item.source for item in items[:5]], more=len(items) > 5)
         for entry in alike:
             if not isinstance(entry, Failure):
-                yield Failure(entry.key, entry.source, "match", f"duplicate stem ({names})")
+                yield Failure(entry.key, entry.source, "match", reason)
             else:
                 yield entry
 

@@ -1,6 +1,6 @@
 """The one form in which every source hands its samples to the shard writer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,6 +90,13 @@ class Failure:
     source: str
     stage: str
     reason: str
+
+
+def share_a_stem(sources: Sequence[str], more: bool = False) -> str:
+    """Reason of samples that would have the same key or mask, with some of them by name."""
+    names = ", ".join(sources) + (", …" if more else "")
+    # what differs from case to case is in brackets, by which reasons are counted
+    return f"duplicate stem: rename all but one, or give them folders of their own ({names})"
 
 
 @dataclass(frozen=True)
