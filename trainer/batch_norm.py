@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from trainer.distributed import Ranks, all_gather_rows, all_reduce_sum
+from trainer.distributed import Ranks, all_gather_equal, all_gather_rows
 
 
 def convert_batch_norm(model: nn.Module, ranks: Ranks) -> nn.Module:
@@ -48,18 +49,12 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        wide = input if input.dtype == torch.float64 else input.float()
-        count = wide.new_tensor([wide.numel() / wide.shape[1]])
-        sums = torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), count])
-        total: Tensor = _SumOverRanks.apply(sums, self.ranks)
-        n = total[-1]
-        mean, mean_square = total[:-1].chunk(2)
-        mean, mean_square = mean / n, mean_square / n
-        variance = (mean_square - mean.square()).clamp_min(0)
-        self._update_running(mean.detach(), (variance * n / (n - 1).clamp_min(1)).detach())
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        return (wide * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+        output, mean, variance, count = _SyncedNorm.apply(
+            input, self.weight, self.bias, self.eps, self.ranks
+        )
+        self._update_running(mean, variance * count / (count - 1).clamp_min(1))
+        normalised: Tensor = output
+        return normalised
 
     def _update_running(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None
@@ -71,17 +66,83 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """Sum over the ranks; so is its gradient, since every rank's loss depends on every part."""
+class _SyncedNorm(torch.autograd.Function):
+    """Images [B, C, H, W] of each rank, B ≥ 0, normalised by the moments of all; one collective.
+
+    Nothing is computed from sums of squares of the values themselves: E[x²] − E[x]² loses all
+    digits where the mean is far from 0. Each rank takes its moments around a guess of its mean,
+    and Chan's formula (Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm for
+    computing sample variances, 1979) puts the ranks' together, in their order on every rank.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, ranks: Ranks) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: Ranks
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The output, and mean, variance [C] and pixels of all ranks, float64."""
+        wide = _wide(input)
+        guess = wide[:1].mean((0, 2, 3)) if len(wide) else wide.new_zeros(wide.shape[1])
+        apart = wide - guess[:, None, None]
+        mean, variance, count = _moments_of_all(apart, guess, ranks)
+        offset = (mean - guess).to(wide.dtype)
+        inverse = torch.rsqrt(variance + eps).to(wide.dtype)
+        scale = weight * inverse
+        shift = bias - offset * scale
+        ctx.save_for_backward(apart, weight, offset, inverse, count)
         ctx.ranks = ranks
-        return all_reduce_sum(values.clone(), ranks)
+        ctx.mark_non_differentiable(mean, variance, count)
+        output = torch.addcmul(shift[:, None, None], apart, scale[:, None, None])
+        return output.to(input.dtype), mean, variance, count
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return all_reduce_sum(gradients[0].clone(), ctx.ranks), None
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """The other ranks' losses depend on this rank's images through the moments."""
+        apart, weight, offset, inverse, count = ctx.saved_tensors
+        wide = _wide(gradient)
+        along, total = wide.new_zeros(2, len(weight))
+        if len(wide):
+            _, along, total = torch.ops.aten.native_batch_norm_backward(
+                wide, apart, None, None, None, offset, inverse, True, 0.0, [False, True, True]
+            )
+        mine = torch.cat([along, total]).double()
+        mean_along, mean = all_gather_equal(mine[None], ctx.ranks).sum(0).div(count).chunk(2)
+        scale = weight * inverse
+        slope = -(scale * inverse * mean_along).to(wide.dtype)
+        constant = -(scale * mean).to(wide.dtype) - slope * offset
+        back = torch.addcmul(constant[:, None, None], apart, slope[:, None, None])
+        back.addcmul_(wide, scale[:, None, None])
+        return (
+            *(back.to(gradient.dtype), along.to(weight.dtype), total.to(weight.dtype)),
+            *(None, None),
+        )
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _moments_of_all(apart: Tensor, guess: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance [C], without Bessel's correction, and pixels over all ranks; float64.
+
+    Args:
+        apart: this rank's values less `guess`, [B, C, H, W].
+        guess: [C], near this rank's mean.
+        ranks: that have values, or none; all ranks together have some.
+    """
+    mean = variance = torch.zeros_like(guess)
+    if len(apart):
+        mean, variance = torch.batch_norm_update_stats(apart, None, None, 0.0)
+    pixels = apart.new_tensor([len(apart) * apart.shape[2] * apart.shape[3]], dtype=torch.float64)
+    mine = torch.cat([guess.double() + mean.double(), variance.double(), pixels])
+    rows = all_gather_equal(mine[None], ranks)  # [W, 2 C + 1]
+    means, variances = rows[:, :-1].chunk(2, 1)
+    counts = rows[:, -1:]
+    count = counts.sum()
+    share = counts / count
+    whole_mean = (share * means).sum(0)
+    whole_variance = (share * (variances + (means - whole_mean).square())).sum(0)
+    return whole_mean, whole_variance, count
 
 
 def shuffle_rows(rows: Tensor, seed: int, counts: list[int], ranks: Ranks) -> Tensor:

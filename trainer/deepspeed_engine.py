@@ -130,13 +130,13 @@ class DeepSpeedEngine:
     def rehearse(self, images: Tensor) -> None:
         """A held step: the optimizer's state comes to be, and DeepSpeed learns where it is."""
         self.base_optimizer.hold = True
-        for micro in range(self._config.accumulate):
-            output = self.forward(images)
-            # float32, as losses are: the loss scale is infinite in float16
-            nothing = 0 * (output.embedding.float().sum() + output.saliency.float().sum())
-            self.backward(nothing)
-            if micro + 1 < self._config.accumulate:
-                self._engine.step()
+        micro_batches = min(2, self._config.accumulate)  # adding up takes memory of its own
+        for micro in range(micro_batches):
+            with self.accumulating(more_follow=micro + 1 < micro_batches):
+                output = self.forward(images)
+                # float32, as losses are: the loss scale is infinite in float16
+                nothing = 0 * (output.embedding.float().sum() + output.saliency.float().sum())
+                self.backward(nothing)
         self._engine.step()
         self.base_optimizer.hold = False
         self._gradient_sum = None
@@ -166,15 +166,14 @@ class DeepSpeedEngine:
             return PixelOutput(*self.momentum_encoder(images))
 
     def accumulating(self, more_follow: bool) -> AbstractContextManager[None]:
-        """DeepSpeed counts micro-batches itself."""
+        """Says which micro-batch is the last; DeepSpeed's own count would be a second truth."""
+        self._engine.set_gradient_accumulation_boundary(not more_follow)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         if self._stage == 0 and self._loss_scale is not None:
             loss = loss * self._loss_scale.value
         self._engine.backward(loss)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # counts the micro-batch
 
     def gradient_is_finite(self) -> bool:
         seen, self._gradient_sum = self._gradient_sum, None
