@@ -152,7 +152,8 @@ def test_equals_a_plain_implementation(tinted: tuple[ShardSet, ShardSet]) -> Non
 
 def _learned(ranks: Ranks, folder: Path) -> list[torch.Tensor]:
     samples = labelled_shards(read_manifest(folder))
-    return learned(ranks, random_encoder(), samples, replace(QUICK, augment=True))
+    # of another seed: with 1 a unit lies within rounding of 0, where its gradient jumps
+    return learned(ranks, random_encoder(), samples, replace(QUICK, augment=True), seed=2)
 
 
 @pytest.mark.slow
@@ -183,8 +184,9 @@ def tuned_confusion(
             features = network.features(normalise(image.pixels)[None])
         logits = F.conv2d(features, weight[..., None, None], bias)
         logits = F.interpolate(logits, (config.size, config.size), mode="bilinear")
-        logits = F.interpolate(logits, image.label.shape, mode="bilinear")
-        matrix += confusion(image.label, logits[0].argmax(0).numpy(), 4, 4)
+        height, width = image.label.shape
+        predicted = resize_nearest(logits[0].argmax(0), (height, width)).numpy()
+        matrix += confusion(image.label, predicted, 4, 4)
     return matrix
 
 
