@@ -5,8 +5,8 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Mapping
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from data_pipeline.errors import InputError
 from data_pipeline.progress import FittedProgress
 
 console = Console(stderr=True, emoji=False)  # `:b:` in a path or key is no emoji
+
+
+CHECK_ARGUMENTS = "--check-arguments"
 
 
 class Interrupted(Exception):
@@ -71,12 +74,34 @@ def print_tenths(before: int, done: int, total: int, text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def run_app(app: typer.Typer, name: str, arguments: list[str] | None) -> None:
-    """Runs a command line; what goes wrong is one paragraph, of which rank, and an exit status."""
+def run_app(
+    app: typer.Typer, name: str, arguments: list[str] | None, on_ranks: Container[str] = ()
+) -> None:
+    """Runs a command line; what goes wrong is one paragraph, of which rank, and an exit status.
+
+    Args:
+        app: its commands.
+        name: as the user calls it.
+        arguments: `None` takes those of the process. After `--check-arguments` they are parsed, as
+            they would be, and nothing is run.
+        on_ranks: names of the commands whose work several ranks can share.
+    """
     rank = os.environ.get("RANK", "0")
     speaker = "maskbank" if rank == "0" else f"maskbank: rank {rank}"
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(app)
+    commands = _commands(command)
+    for one in commands:
+        if one.name in on_ranks:
+            one.params.append(_nproc())
+        elif on_ranks and os.environ.get("WORLD_SIZE", "1") != "1":
+            one.callback = _refuse_ranks
+    if given[:1] == [CHECK_ARGUMENTS]:
+        given = given[1:]
+        for one in commands:
+            one.callback = None
     try:
-        app(args=arguments, prog_name=name)
+        command(given, name, help_option_names=["-h", "--help"])
     except InputError as error:
         print(f"{speaker}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -87,3 +112,42 @@ def run_app(app: typer.Typer, name: str, arguments: list[str] | None) -> None:
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"{speaker}: {str(stop) or 'interrupted'}", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
+
+
+def _commands(command: Any) -> list[Any]:
+    """A command of typer and all below it."""
+    below = getattr(command, "commands", {}).values()
+    return [command, *(one for each in below for one in _commands(each))]
+
+
+def _nproc() -> Any:
+    """`--nproc`, for the help: `maskbank` takes it out before it starts the ranks."""
+    app = typer.Typer()
+
+    @app.command()
+    def holder(
+        nproc: Annotated[
+            int | None,
+            typer.Option(
+                metavar="N",
+                help="Ranks on this machine: one a GPU, or CPU part. Default: 1.",
+                callback=_refuse_nproc,
+            ),
+        ] = None,
+    ) -> None: ...
+
+    (option,) = (one for one in typer.main.get_command(app).params if one.name == "nproc")
+    option.expose_value = False
+    return option
+
+
+def _refuse_nproc(value: int | None) -> None:
+    if value is not None:
+        raise InputError(
+            f"--nproc {value} is for `maskbank`, which starts the ranks; here they are torchrun's "
+            "--nproc-per-node, or --gpus-per-node or --ranks-per-node of `maskbank submit`"
+        )
+
+
+def _refuse_ranks(**_: Any) -> None:
+    raise InputError("this command works in one process; leave --nproc out")

@@ -6,7 +6,7 @@ from importlib import import_module
 import typer
 
 from data_pipeline.progress import log_above_bars
-from data_pipeline.terminal import run_app
+from data_pipeline.terminal import CHECK_ARGUMENTS, run_app
 
 # a command's function has its name, in a file that is loaded when it is wanted: a report needs
 # none of the seconds that torch takes
@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "report",
     "compare": "report",
 }
+IN_ONE_PROCESS = {"report", "compare"}
 
 
 def build_app(arguments: list[str]) -> typer.Typer:
@@ -41,7 +42,8 @@ def build_app(arguments: list[str]) -> typer.Typer:
 
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
-    run_app(build_app(given), "maskbank evaluate", given)
+    named = given[1:] if given[:1] == [CHECK_ARGUMENTS] else given
+    run_app(build_app(named), "maskbank evaluate", given, on_ranks=COMMANDS.keys() - IN_ONE_PROCESS)
 
 
 if __name__ == "__main__":

@@ -318,7 +318,7 @@ def _finish(counts: Counts, output: Path, ranks: Ranks) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     log_above_bars()
-    run_app(app, "maskbank predict", arguments)
+    run_app(app, "maskbank predict", arguments, on_ranks=("predict",))
 
 
 if __name__ == "__main__":

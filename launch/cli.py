@@ -9,12 +9,13 @@ from rich.console import Console
 
 from launch.demo import DemoScale, run_demo
 from launch.doctor import Device, DoctorOptions, run_doctor
-from launch.torchrun import module_command, run, torchrun_command
+from launch.torchrun import module_command, run, split_nproc, torchrun_command
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Learn to segment images without labels: shards → train → evaluate.",
     epilog="Try `maskbank demo`; every command has `--help` with an example.",
 )
@@ -82,13 +83,13 @@ def train(
 
 @app.command(context_settings=_FORWARD)
 def evaluate(context: typer.Context) -> None:
-    """Measure a trained network: `maskbank evaluate kmeans|linear|report …`; `--nproc N` first."""
+    """Measure a trained network: `maskbank evaluate kmeans|linear|report …`."""
     sys.exit(_run_on_ranks("evaluation.cli", context.args))
 
 
 @app.command(context_settings=_FORWARD)
 def predict(context: typer.Context) -> None:
-    """Class maps of images: `maskbank predict RUN IMAGES… --output FOLDER`; `--nproc N` first."""
+    """Class maps of images: `maskbank predict RUN IMAGES… --output FOLDER`."""
     sys.exit(_run_on_ranks("evaluation.predict_cli", context.args))
 
 
@@ -147,11 +148,13 @@ def doctor(
 
 
 def _run_on_ranks(module: str, arguments: list[str]) -> int:
-    """Runs a module on as many ranks as a leading `--nproc N` says; its exit status."""
-    num_processes = 1
-    if arguments[:1] == ["--nproc"] and len(arguments) > 1 and arguments[1].isdigit():
-        num_processes, arguments = max(1, int(arguments[1])), arguments[2:]
-    return run(torchrun_command(module, arguments, num_processes), num_processes)
+    """Runs a module on as many ranks as `--nproc N` among its arguments says; its exit status."""
+    try:
+        num_processes, others = split_nproc(arguments)
+    except ValueError as error:
+        print(f"maskbank: {error}", file=sys.stderr)
+        return 2
+    return run(torchrun_command(module, others, num_processes), num_processes)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.check_arguments import problem_of
 from launch.doctor import Device
 from launch.follow import follow
 from launch.sbatch import Job, Kind, Resources, Surroundings, render
@@ -178,7 +180,7 @@ def parse(words: Sequence[str]) -> list[Request]:
     for number, piece in enumerate(pieces, 1):
         given: list[dict[str, Any]] = []
         try:
-            command.main(piece, "maskbank submit", obj=given)
+            command.main(piece, "maskbank submit", obj=given, help_option_names=["-h", "--help"])
         except SystemExit:
             if not given:  # --help, or an error that has been shown
                 raise
@@ -196,6 +198,15 @@ def main(words: Sequence[str], console: Console) -> int:
     try:
         requests = parse(words)
         jobs = [one.job for one in requests]
+        with ThreadPoolExecutor() as pool:
+            problems = list(pool.map(problem_of, jobs))
+        for number, (job, problem) in enumerate(zip(jobs, problems, strict=True), 1):
+            if problem:
+                print(problem, file=sys.stderr)
+                if len(jobs) > 1:
+                    what = f"job {number} of {len(jobs)}, {job.kind}"
+                    print(f"maskbank: that is {what}; nothing was submitted", file=sys.stderr)
+                return 2
         if any(one.dry_run for one in requests):
             sys.stdout.write("\n".join(render(job) for job in jobs))
             return 0

@@ -23,6 +23,30 @@ def torchrun_command(module: str, arguments: Sequence[str], num_processes: int) 
     return [*module_command("launch.ranks", options), *module_command(module, arguments)]
 
 
+def split_nproc(arguments: Sequence[str]) -> tuple[int, list[str]]:
+    """How many ranks `--nproc N`, wherever it stands, asks for, and the other arguments.
+
+    What follows `--` is left as it is.
+
+    Raises:
+        ValueError: N is no number from 1 on.
+    """
+    num_processes, others = 1, list[str]()
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            others += [word, *words]
+        elif word == "--nproc" or word.startswith("--nproc="):
+            _, equals, value = word.partition("=")
+            value = value if equals else next(words, "")
+            if not value.isdecimal() or int(value) < 1:
+                raise ValueError(f"--nproc is {value!r}; it is a number of ranks, from 1 on")
+            num_processes = int(value)
+        else:
+            others.append(word)
+    return num_processes, others
+
+
 def rank_environment(num_processes: int) -> dict[str, str]:
     """The environment for ranks: each gets its share of the cores."""
     share = max(1, len(os.sched_getaffinity(0)) // num_processes)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.demo import DemoScale, demo_steps
+from launch.torchrun import split_nproc
 from tests.forked import run_program
 
 
@@ -32,6 +33,51 @@ def test_help_shows_an_example(arguments: tuple[str, ...], expected: str) -> Non
     result = maskbank(*arguments, "--help")
     assert result.returncode == 0
     assert expected in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("kmeans", "run"), (1, ["kmeans", "run"])),
+        (("--nproc", "4", "kmeans", "run"), (4, ["kmeans", "run"])),
+        (("kmeans", "--nproc", "2", "run", "--html"), (2, ["kmeans", "run", "--html"])),
+        (("kmeans", "run", "--nproc=3"), (3, ["kmeans", "run"])),
+        (
+            ("run", "--title=--nproc 2", "x--nproc=2"),
+            (1, ["run", "--title=--nproc 2", "x--nproc=2"]),
+        ),
+        (("run", "--nproc", "2", "--", "--nproc", "7"), (2, ["run", "--", "--nproc", "7"])),
+    ],
+)
+def test_the_number_of_ranks_may_stand_anywhere(
+    words: tuple[str, ...], expected: tuple[int, list[str]]
+) -> None:
+    assert split_nproc(words) == expected
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_a_number_of_ranks_that_is_none_is_refused_before_torch_is_loaded(command: str) -> None:
+    for words in (("--nproc", "two"), ("--nproc=0",), ("--nproc",)):
+        result = maskbank(command, "run", *words)
+        assert result.returncode == 2
+        assert "maskbank: --nproc is '" in result.stderr
+
+
+@pytest.mark.slow
+def test_commands_show_their_ranks_and_others_refuse_them() -> None:
+    for words in (("evaluate", "kmeans"), ("predict",), ("train",), ("doctor",), ("demo",)):
+        result = maskbank(*words, "-h")
+        assert result.returncode == 0, result.stderr
+        assert " --nproc " in result.stdout
+    result = maskbank("evaluate", "report", "-h")
+    assert "--nproc" not in result.stdout
+    result = maskbank("evaluate", "report", "run", "--nproc", "2")
+    assert result.returncode == 2
+    assert "maskbank: this command works in one process; leave --nproc out\n" in result.stderr
+    # ranks that are torchrun's are not silently as many as another number says
+    result = run_program([sys.executable, "-m", "evaluation.predict_cli", "--nproc", "2"])
+    assert result.returncode == 2
+    assert "--nproc 2 is for `maskbank`, which starts the ranks" in result.stderr
 
 
 @pytest.mark.slow

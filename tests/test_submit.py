@@ -115,6 +115,59 @@ def test_unknown_options_come_with_neighbours() -> None:
     assert "--nodes" in done.stderr
 
 
+BUILD = ("shards", "--", "folder", "--images", "/i", "--output", "/s")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("train", "--dry-run", "--", "--recipe", "demo_cpu", "data.shard=s"),
+            "maskbank: argument 'data.shard=s': there is no setting 'data.shard'; did you mean "
+            "data.shards, data.threads, data.loader?\n",
+        ),
+        (("train", "--", "--recipe", "demo"), "maskbank: there is no recipe 'demo'; the recipes"),
+        (("train", *TRAIN, "--config", "/cluster/x.yaml", "run.steps=9d"), "setting run.steps"),
+        (("train", "--", "--recipe", "voc_vit_small", "data.shards=s"), "needs model.start"),
+        (("train", *TRAIN, "--nproc", "8"), "unrecognized arguments: --nproc"),
+        ((*BUILD, "--samples-per-shard", "x"), "Invalid value for '--samples-per-shard'"),
+        ((*BUILD, "--then", "train", "--", "run.stepz=1"), "that is job 2 of 2, train; nothing"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_a_job_waits_with_them(
+    words: tuple[str, ...], message: str
+) -> None:
+    done = maskbank("submit", *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_arguments_of_evaluations_are_read_by_their_own_command() -> None:
+    good = (*BUILD, "--then", "evaluate", "--dry-run", "--", "kmeans", "/r", "--shards", "/v")
+    done = maskbank("submit", *good)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#!/bin/bash") == 2
+    for more, message in (
+        (("--shardz", "/v"), "--shards"),
+        (("--nproc", "2"), "--nproc 2 is for `maskbank`"),
+    ):
+        done = maskbank("submit", *good, *more)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+        assert "maskbank: that is job 2 of 2, evaluate; nothing was submitted\n" in done.stderr
+
+
+def test_a_configuration_that_only_the_cluster_has_is_not_asked_for() -> None:
+    done = maskbank(
+        "submit", "train", "--dry-run", *TRAIN, "--config", "/cluster/x.yaml", "run.steps=3"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "/cluster/x.yaml" in done.stdout
+
+
 def test_without_slurm_it_says_so(tmp_path: Path) -> None:
     done = maskbank("submit", "train", *TRAIN, path=str(tmp_path))
     assert done.returncode == 2

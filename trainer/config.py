@@ -185,21 +185,45 @@ def load_config(
         InputError: an unknown recipe or key, a wrong type, a value out of range, or one that a
             recipe leaves to its user: a text of `???` and what to give.
     """
-    layers = []
-    if recipe is not None:
-        if recipe not in recipe_names():
-            raise InputError(
-                f"there is no recipe {recipe!r}; the recipes are {', '.join(recipe_names())}"
-            )
-        layers.append((f"recipe {recipe}", _read_yaml(_RECIPES / f"{recipe}.yaml")))
+    layers = _recipe_layer(recipe)
     if file is not None:
         layers.append((str(file), _read_yaml(file)))
+    return _build([*layers, *_argument_layers(overrides)])
+
+
+def check_settings(recipe: str | None, overrides: Sequence[str]) -> None:
+    """Checks a recipe's name, and keys and types of arguments that a file unknown here completes.
+
+    Raises:
+        InputError: an unknown recipe or key, or a wrong type.
+    """
+    known = _flatten(TrainConfig())
+    merged: Any = OmegaConf.create({})
+    for where, layer in [*_recipe_layer(recipe), *_argument_layers(overrides)]:
+        _known_leaves(where, layer, known)
+        merged = OmegaConf.merge(merged, layer)
+    for section in fields(TrainConfig):
+        _typed(section.name, section.default_factory, merged)
+
+
+def _recipe_layer(recipe: str | None) -> list[tuple[str, Any]]:
+    if recipe is None:
+        return []
+    if recipe not in recipe_names():
+        raise InputError(
+            f"there is no recipe {recipe!r}; the recipes are {', '.join(recipe_names())}"
+        )
+    return [(f"recipe {recipe}", _read_yaml(_RECIPES / f"{recipe}.yaml"))]
+
+
+def _argument_layers(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    layers = []
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
             raise InputError(f"{override!r} is no setting; write key=value, as in run.steps=1000")
         layers.append((f"argument {override!r}", OmegaConf.from_dotlist([override])))
-    return _build(layers)
+    return layers
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -251,9 +275,7 @@ def _build(layers: Sequence[tuple[str, Any]]) -> TrainConfig:
     merged: Any = OmegaConf.create({})
     to_be_given: dict[str, str] = {}
     for where, layer in layers:
-        for key, value in _leaves(OmegaConf.to_container(layer, resolve=False)):
-            if key not in known:
-                raise InputError(f"{where}: there is no setting {key!r}; {_neighbours(key, known)}")
+        for key, value in _known_leaves(where, layer, known):
             to_be_given.pop(key, None)
             if str(value).startswith(_TO_BE_GIVEN):
                 what = str(value).removeprefix(_TO_BE_GIVEN).strip()
@@ -264,17 +286,30 @@ def _build(layers: Sequence[tuple[str, Any]]) -> TrainConfig:
     sections: dict[str, Any] = {}
     for section in fields(TrainConfig):
         kind: Any = section.default_factory
-        schema = OmegaConf.structured(kind)
-        OmegaConf.set_readonly(schema, False)
-        given = merged.get(section.name)
-        try:
-            value = OmegaConf.merge(schema, {} if given is None else given)
-            sections[section.name] = _freeze(kind, OmegaConf.to_container(value, resolve=True))
-        except OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None) or ""
-            reason = str(error).splitlines()[0]
-            raise InputError(f"setting {section.name}.{key}: {reason}") from None
+        sections[section.name] = _freeze(kind, _typed(section.name, kind, merged))
     return TrainConfig(**sections)
+
+
+def _known_leaves(where: str, layer: Any, known: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Keys and values of a layer, all of them settings that there are."""
+    leaves = _leaves(OmegaConf.to_container(layer, resolve=False))
+    for key, _ in leaves:
+        if key not in known:
+            raise InputError(f"{where}: there is no setting {key!r}; {_neighbours(key, known)}")
+    return leaves
+
+
+def _typed(name: str, kind: Any, merged: Any) -> Any:
+    """The values of a section, of the types that it declares."""
+    schema = OmegaConf.structured(kind)
+    OmegaConf.set_readonly(schema, False)
+    given = merged.get(name)
+    try:
+        value = OmegaConf.merge(schema, {} if given is None else given)
+        return OmegaConf.to_container(value, resolve=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        raise InputError(f"setting {name}.{key}: {str(error).splitlines()[0]}") from None
 
 
 def _remedy(key: str, what: str) -> str:

@@ -168,7 +168,7 @@ def _leave(status: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="trainer.train", description=__doc__)
     add_arguments(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     log_above_bars()
     logging.getLogger("trainer").setLevel(logging.INFO)
     try:

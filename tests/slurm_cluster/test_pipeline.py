@@ -93,15 +93,13 @@ def test_jobs_behind_a_failed_one_do_not_wait_for_ever(cluster: Cluster, tmp_pat
     done = maskbank(
         cluster,
         tmp_path,
-        *("submit", "train", "--follow", "--", "--recipe", "demo_cpu", "run.stepz=3"),
+        *("submit", "train", "--follow", "--", "--recipe", "demo_cpu", "--config", "later.yaml"),
         *("--then", "evaluate", "--", "kmeans", "run", "--shards", "shards"),
     )
     assert done.returncode == 1
     assert "maskbank-train FAILED" in done.stdout
     assert "maskbank-evaluate CANCELLED" in done.stdout
-    assert (
-        "FAILED: maskbank: argument 'run.stepz=3': there is no setting 'run.stepz'" in done.stdout
-    )
+    assert "FAILED: maskbank: configuration later.yaml cannot be read" in done.stdout
 
 
 def test_a_refused_job_withdraws_those_before_it(cluster: Cluster, tmp_path: Path) -> None:
