@@ -5,6 +5,10 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message says what, where, and what to do."""
 
 
+class CannotScore(InputError):
+    """A figure that these images and this network do not allow; raised on every rank alike."""
+
+
 class SampleError(Exception):
     """One sample cannot be used.
 

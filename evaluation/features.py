@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import CannotScore, InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.progress import FittedProgress
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise
@@ -25,9 +25,9 @@ _SECONDS_BETWEEN_LINES = 30.0  # where the output is a file
 
 
 def require_pixels(counts: Counts, samples: LabelledSet) -> None:
-    """Raises InputError where all labels are ignored: there is nothing to score."""
+    """Raises CannotScore where all labels are ignored: there is nothing to score."""
     if counts.sum() == 0:
-        raise InputError(f"every label pixel of {samples} is 255 (ignored); check the labels")
+        raise CannotScore(f"every label pixel of {samples} is 255 (ignored); check the labels")
 
 
 def own_samples(count: int, ranks: Ranks) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import CannotScore, InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.order import generator
 from data_pipeline.resize import Resize, require_resize, resize_nearest
@@ -213,7 +213,7 @@ def learn(
 
 def _require_numbers(bias: Tensor, title: str, steps: int) -> None:
     if not bool(bias.isfinite().all()):
-        raise InputError(
+        raise CannotScore(
             f"fine-tuning on {title}: the weights are no numbers after {steps} steps; lower --lr"
         )
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import CannotScore, InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.resize import Resize, require_resize
 from data_pipeline.whole_images import WholeImages
@@ -169,7 +169,7 @@ def _retrieve(
     labels = frequent_classes(bank)
     usable = np.flatnonzero(bank.found & (labels > 0))
     if len(usable) == 0:
-        raise InputError(
+        raise CannotScore(
             "no image of the bank has a predicted mask over a labelled object: there is nothing to "
             "retrieve; check the labels, or take --foreground mask"
         )

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipeline.errors import CannotScore
 from data_pipeline.whole_images import WholeImage, WholeImages
 from evaluation.features import own_batches, precision
 from evaluation.miou import Counts, confusion
@@ -87,6 +88,9 @@ def collect_statistics(
 ) -> ImageStatistics:
     """Vectors and counts of all images, on every rank, by sample id; a collective.
 
+    Raises:
+        CannotScore: a vector is not finite.
+
     Args:
         encoder: embeds them.
         images: with labels.
@@ -103,7 +107,14 @@ def collect_statistics(
         *(encoder.network, dim, images, prototype, ranks),
         *(batch_size, precision_name, resolution, title),
     )
-    return gather_statistics(own, ranks)
+    found = gather_statistics(own, ranks)
+    broken = int((~np.isfinite(found.vectors)).any(1).sum())
+    if broken:
+        raise CannotScore(
+            f"the embeddings of {broken:,} of {len(found.vectors):,} images are not finite; the "
+            "network has diverged, or give --precision float32"
+        )
+    return found
 
 
 def own_statistics(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.commands import table as table_command
 from tests.evaluation_command import evaluate, read_result, refused, tiny_run
 from tests.evaluation_data import block_shards, scene_shards
 
@@ -56,6 +57,53 @@ def test_every_row_of_two_networks(
     assert (run / "report.html").is_file()
     for name in ("kmeans", "kmeans-many-12", "linear"):
         assert (run / f"evaluation/{name}-trained.safetensors").is_file()
+
+
+def test_rows_that_cannot_be_scored_are_told_and_the_others_kept(
+    folders: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a threshold that the untrained saliency never reaches no bank has a mask."""
+    run, train, test = folders
+    status, out, _ = evaluate(
+        capsys,
+        *("table", run, "--train-shards", train, "--shards", test, "--with-initial", "--html"),
+        *("--output", tmp_path, "--rows", "kmeans,retrieval,linear", *QUICK, "--threshold", "1"),
+    )
+    assert status == 1
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["networks"] == {"trained": 12, "initial": 0}
+    made = {row["protocol"]: row["values"].keys() for row in table["rows"]}
+    assert made == {key: {"trained", "initial"} for key in ("kmeans", "linear", "linear-crf")}
+    missing = [(one["row"], one["network"], one["step"]) for one in table["not_scored"]]
+    assert missing == [("retrieval", "trained", 12), ("retrieval", "initial", 0)]
+    for text in (out, (tmp_path / "table.md").read_text()):
+        assert "not scored" in text
+        words = " ".join(text.split())
+        assert "retrieval of the initial network could not be scored: no image of the bank" in words
+    assert read_result(tmp_path, "linear-initial")["network"] == "initial"
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_row_is_written_before_the_next_begins(
+    folders: tuple[Path, Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def end(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    run, train, test = folders
+    monkeypatch.setattr(table_command, "run_linear", end)
+    status, _, error = evaluate(
+        capsys,
+        *("table", run, "--train-shards", train, "--shards", test, "--output", tmp_path),
+        *("--rows", "kmeans,linear", *QUICK),
+    )
+    assert (status, "the disk is gone" in error) == (1, True)
+    kept = json.loads((tmp_path / "table.json").read_text())
+    assert {row["protocol"] for row in kept["rows"]} == {"kmeans"}
+    assert read_result(tmp_path, "kmeans-trained")["images"] == 8
 
 
 def test_rows_need_what_they_learn_on(

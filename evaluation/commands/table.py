@@ -1,34 +1,39 @@
 """`maskbank evaluate table`: every row of the paper's table, from one command."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import CannotScore, InputError
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.whole_images import WholeImages
 from evaluation.cluster import ClusterConfig
 from evaluation.commands import options as common
-from evaluation.commands.finetune import parse_fractions, run_finetune
-from evaluation.commands.kmeans import data_set_settings, run_kmeans
+from evaluation.commands.finetune import parse_fractions
+from evaluation.commands.kmeans import data_set_settings, protocol_name, run_kmeans
 from evaluation.commands.linear import run_linear
 from evaluation.commands.retrieval import run_retrieval
 from evaluation.commands.video import learn_head, run_video
 from evaluation.crf import CrfConfig
-from evaluation.finetune import FinetuneConfig
+from evaluation.finetune import FinetuneConfig, evaluate_finetune
 from evaluation.kmeans import image_statistics
 from evaluation.kmeans_config import DEFAULT_PCA, KMeansConfig
+from evaluation.label_splits import drawn_splits, present_classes
 from evaluation.linear_probe import LinearConfig, require_comparable
 from evaluation.prototypes import PrototypeConfig
 from evaluation.report import write_report
-from evaluation.result import Result
+from evaluation.result import Result, title_of
 from evaluation.retrieval import RetrievalConfig
-from evaluation.table import show_table, write_table
-from evaluation.video import READINGS, VideoConfig, require_reading, sequences_of
+from evaluation.statistics import ImageStatistics
+from evaluation.table import NotScored, show_table, write_table
+from evaluation.video import READINGS, Reading, VideoConfig, require_reading, sequences_of
 from trainer.distributed import Ranks, cores_per_rank, end_ranks, same_on_all_ranks
 
+Made = tuple[str, Callable[[], list[Result]]]  # a row by title, and what makes it
 ROWS = ("kmeans", "over-clustering", "retrieval", "linear", "finetune", "video")
 MAJORITY_CLUSTERS = 500  # of the later reading of over-clustering
 _NEEDS = {"retrieval": "bank", "linear": "train", "finetune": "train", "video": "train"}
@@ -250,25 +255,36 @@ def _evaluate(
     device: str,
     html: bool,
 ) -> None:
-    """All networks on all rows; writes and shows the table on rank 0."""
+    """All networks on all rows, each written when it is made; shows the table on rank 0.
+
+    Raises:
+        typer.Exit: on rank 0, a row could not be scored.
+    """
     ranks = common.start(device)
     for samples in dict.fromkeys(sets.values()):
         common.check_samples(samples, ranks)
-    results = [
-        replace(result, data_set=source.name)
-        for subject in subjects
-        for result in run_table(subject, sets, plan, source.name, ranks)
-    ]
-    if ranks.is_main:
-        for result in results:
-            result.write(subjects[0].folder)
-        show_table(results, common.console)
-        path = write_table(results, subjects[0].folder)
+    results: list[Result] = []
+    missing: list[NotScored] = []
+    folder, path = subjects[0].folder, None
+    for subject in subjects:
+        for made in run_table(subject, sets, plan, source.name, ranks):
+            if isinstance(made, NotScored):
+                missing.append(made)
+            else:
+                results.append(replace(made, data_set=source.name))
+            if ranks.is_main:
+                if isinstance(made, Result):
+                    results[-1].write(folder)
+                path = write_table(results, missing, folder, source.name)
+    if path is not None:
+        show_table(results, missing, common.console)
         common.console.print(f"written: {path} and .json", soft_wrap=True)
-        if html:
-            report = write_report(subjects[0].folder)
-            common.console.print(f"report: {report}", soft_wrap=True)
+        if html and results:
+            common.console.print(f"report: {write_report(folder)}", soft_wrap=True)
     end_ranks()
+    # of one rank: the first that leaves with a status ends the others
+    if missing and ranks.is_main:
+        raise typer.Exit(1)
 
 
 def run_table(
@@ -277,35 +293,92 @@ def run_table(
     plan: Plan,
     data_set: str,
     ranks: Ranks,
-) -> list[Result]:
-    """All rows of one network; images are embedded once for all clusterings."""
-    test, results = sets["test"], []
-    clusterings = [plan.kmeans] if "kmeans" in plan.rows else []
-    clusterings += plan.over_clusterings() if "over-clustering" in plan.rows else []
-    statistics = None
-    if clusterings and plan.kmeans.unit == "image":
-        images = WholeImages(test, plan.kmeans.size, cores_per_rank(), plan.kmeans.resize)
-        statistics = image_statistics(subject.encoder, images, plan.kmeans, ranks)
-    for config in clusterings:
-        every = plan.all_metrics and not config.many_to_one
-        results.append(
-            run_kmeans(
-                *(subject, test, config, data_set, ranks),
-                all_metrics=every,
-                statistics=statistics,
-                fit_samples=sets.get("train") if config.fit_on == "train" else None,
-            )
-        )
+) -> Iterator[Result | NotScored]:
+    """All rows of one network, as they are made; a collective.
+
+    Raises:
+        InputError: with several ranks, what may be wrong on one of them alone.
+    """
+    for title, make in _rows_of(subject, sets, plan, data_set, ranks):
+        try:
+            yield from make()
+        except InputError as error:
+            if ranks.world_size > 1 and not isinstance(error, CannotScore):
+                raise
+            yield NotScored(title, subject.name, subject.encoder.step, str(error))
+
+
+def _rows_of(
+    subject: common.Subject,
+    sets: dict[str, LabelledSet],
+    plan: Plan,
+    data_set: str,
+    ranks: Ranks,
+) -> Iterator[Made]:
+    test, where = sets["test"], (data_set, ranks)
+    yield from _clusterings(subject, sets, plan, data_set, ranks)
     if "retrieval" in plan.rows:
-        results += run_retrieval(subject, sets["bank"], test, plan.retrieval, data_set, ranks)
+        bank = sets["bank"]
+        yield "retrieval", partial(run_retrieval, subject, bank, test, plan.retrieval, *where)
     if "linear" in plan.rows:
-        results += run_linear(subject, [sets["train"], test], plan.linear, data_set, ranks)
+        both = [sets["train"], test]
+        yield title_of("linear"), partial(run_linear, subject, both, plan.linear, *where)
     if "finetune" in plan.rows:
-        results += run_finetune(
-            *(subject, sets["train"], test, plan.finetune, ranks, plan.fractions, plan.splits)
-        )
+        train, threads = sets["train"], cores_per_rank()
+        present = present_classes(train, ranks, threads)
+        for percent, numbers in drawn_splits(present, plan.fractions, plan.splits).items():
+            share = (train, test, {percent: numbers}, plan.finetune, ranks, subject.name, threads)
+            row = partial(evaluate_finetune, subject.encoder, *share)
+            yield title_of(f"finetune-{percent:g}"), row
     if "video" in plan.rows:
+        for reading in READINGS:
+            row = partial(_video, subject, sets, reading, plan, data_set, ranks)
+            yield title_of(f"davis-{reading}"), row
+
+
+def _clusterings(
+    subject: common.Subject,
+    sets: dict[str, LabelledSet],
+    plan: Plan,
+    data_set: str,
+    ranks: Ranks,
+) -> Iterator[Made]:
+    """K-means and over-clusterings; images are embedded once for all of them."""
+    test, kmeans = sets["test"], plan.kmeans
+    configs = [kmeans] if "kmeans" in plan.rows else []
+    configs += plan.over_clusterings() if "over-clustering" in plan.rows else []
+
+    @cache
+    def statistics() -> ImageStatistics | None:
+        if kmeans.unit == "pixel":
+            return None
+        images = WholeImages(test, kmeans.size, cores_per_rank(), kmeans.resize)
+        return image_statistics(subject.encoder, images, kmeans, ranks)
+
+    def cluster(config: KMeansConfig) -> list[Result]:
+        result = run_kmeans(
+            *(subject, test, config, data_set, ranks),
+            all_metrics=plan.all_metrics and not config.many_to_one,
+            statistics=statistics(),
+            fit_samples=sets.get("train") if config.fit_on == "train" else None,
+        )
+        return [result]
+
+    for config in configs:
+        title = title_of(protocol_name(config, len(test.classes)))
+        yield title, partial(cluster, config)
+
+
+def _video(
+    subject: common.Subject,
+    sets: dict[str, LabelledSet],
+    reading: Reading,
+    plan: Plan,
+    data_set: str,
+    ranks: Ranks,
+) -> list[Result]:
+    head = None
+    if reading == "classifier":
         learning = replace(plan.linear, select="last", crf=None)
-        head = learn_head(subject, sets["train"], test, learning, data_set, ranks)
-        results += run_video(subject, test, list(READINGS), plan.video, ranks, head)
-    return results
+        head = learn_head(subject, sets["train"], sets["test"], learning, data_set, ranks)
+    return run_video(subject, sets["test"], [reading], plan.video, ranks, head)
