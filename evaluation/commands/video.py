@@ -25,6 +25,11 @@ from evaluation.video import (
 )
 from trainer.distributed import Ranks, cores_per_rank, same_on_all_ranks
 
+Write = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Folder for the masks, as davis-READING/SEQUENCE/00000.png."),
+]
+
 
 def video(
     network: common.Network,
@@ -55,10 +60,7 @@ def video(
     context: Annotated[int, typer.Option(help="Latest frames, besides the first.")] = 20,
     radius: Annotated[int, typer.Option(help="Of the neighbourhood, in features; 0: all.")] = 12,
     temperature: Annotated[float, typer.Option(help="Of the similarities.")] = 0.05,
-    write: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder for the masks, as davis-READING/SEQUENCE/00000.png."),
-    ] = None,
+    write: Write = None,
     precision: common.Precision = "float32",
     device: common.Device = "auto",
     html: common.Html = False,
