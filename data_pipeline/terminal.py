@@ -94,7 +94,7 @@ def run_app(
     for one in commands:
         if one.name in on_ranks:
             one.params.append(_nproc())
-        elif on_ranks and os.environ.get("WORLD_SIZE", "1") != "1":
+        elif on_ranks and not _below(one) and os.environ.get("WORLD_SIZE", "1") != "1":
             one.callback = _refuse_ranks
     if given[:1] == [CHECK_ARGUMENTS]:
         given = given[1:]
@@ -116,8 +116,11 @@ def run_app(
 
 def _commands(command: Any) -> list[Any]:
     """A command of typer and all below it."""
-    below = getattr(command, "commands", {}).values()
-    return [command, *(one for each in below for one in _commands(each))]
+    return [command, *(one for each in _below(command) for one in _commands(each))]
+
+
+def _below(command: Any) -> list[Any]:
+    return list(getattr(command, "commands", {}).values())
 
 
 def _nproc() -> Any:
