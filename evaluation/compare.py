@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from evaluation.report_data import (
     read_evaluations,
     read_metrics,
     require_results,
+    tell_apart,
 )
 from evaluation.report_figures import CHART, Metrics, overlaid_chart, overlay, png_data_uri
-from evaluation.report_tables import INITIAL, Figure, figure_of, network_order
+from evaluation.report_tables import INITIAL, Figure, Key, figure_of, network_order
 
 MAX_COLUMNS = 8  # networks side by side: as many colours there are
 MAX_PICTURES = 8
@@ -95,7 +97,17 @@ def read_columns(folders: Sequence[Path]) -> list[Column]:
         raise InputError(
             f"{len(columns)} networks are too many side by side; compare {MAX_COLUMNS} at most"
         )
-    return columns
+    # a row is of one size and of the same images in all columns
+    together = [one for column in columns for one in (*column.evaluations, *column.before)]
+    noted = iter(tell_apart(together))
+    return [
+        replace(
+            column,
+            evaluations=list(islice(noted, len(column.evaluations))),
+            before=list(islice(noted, len(column.before))),
+        )
+        for column in columns
+    ]
 
 
 def _columns_of(folder: Path, folders: Sequence[Path]) -> Iterator[Column]:
@@ -178,22 +190,22 @@ def differing_settings(columns: Sequence[Column]) -> list[tuple[str, list[str | 
 
 def compared_rows(columns: Sequence[Column]) -> list[Row]:
     """A row for each figure that any column has, K-means and linear classifier first."""
-    measures: dict[tuple[str, str], dict[str, Evaluation]] = {}
+    measures: dict[Key, dict[str, Evaluation]] = {}
     every = [one for column in columns for one in (*column.evaluations, *column.before)]
     usual = {"kmeans": 0, "linear": 1}
-    every.sort(key=lambda e: (e.data_set, usual.get(e.protocol, 2), e.protocol))
+    every.sort(key=lambda e: (e.data_set, usual.get(e.protocol, 2), e.protocol, e.note))
     for one in every:
         for name in (one.measure, *one.metrics):
-            measures.setdefault((one.data_set, one.protocol), {}).setdefault(name, one)
+            measures.setdefault((one.data_set, one.protocol, one.note), {}).setdefault(name, one)
     return [
         _row(key, name, one, columns) for key, of in measures.items() for name, one in of.items()
     ]
 
 
-def _row(key: tuple[str, str], measure: str, example: Evaluation, columns: Sequence[Column]) -> Row:
+def _row(key: Key, measure: str, example: Evaluation, columns: Sequence[Column]) -> Row:
     def figure(evaluations: Iterable[Evaluation]) -> Figure | None:
         for one in evaluations:
-            if (one.data_set, one.protocol) == key:
+            if (one.data_set, one.protocol, one.note) == key:
                 figures = {one.measure: one.values, **one.metrics}
                 return figure_of(figures.get(measure, ()))
         return None

@@ -175,7 +175,9 @@ def page_context(folder: Path) -> dict[str, Any]:
     }
     rows = by_row(evaluations)
     # of the first data set that has it
-    headline = {p: next((of for (_, name), of in rows.items() if name == p), {}) for p in DETAILED}
+    headline = {
+        p: next((of for (_, name, _), of in rows.items() if name == p), {}) for p in DETAILED
+    }
     return {
         "name": folder.resolve().name,
         "environment": read_json_object(folder / "environment.json") or {},

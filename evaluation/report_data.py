@@ -6,7 +6,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from evaluation.result import title_of
 
 MAX_EXAMPLES = 12
 MAX_RESULTS = 400  # files that are read of one folder
+_SHARED = ("size", "images", "resize")  # options of all protocols; `images` says which ones
 _MAX_JSON = 64 << 20  # bytes
 
 
@@ -40,6 +41,7 @@ class Evaluation:
         confusion: int64 [C, C], truth by prediction.
         unmatched: int64 [C], pixels of each true class that were predicted as no class.
         options: that decide the figures.
+        note: in what the rows of its data set are not alike (`tell_apart`).
     """
 
     data_set: str
@@ -60,11 +62,12 @@ class Evaluation:
     confusion: NDArray[np.int64]
     unmatched: NDArray[np.int64]
     options: dict[str, Any]
+    note: str = ""
 
     @property
     def title(self) -> str:
         title = title_of(self.protocol)
-        return title[:1].upper() + title[1:]
+        return title[:1].upper() + title[1:] + (f", {self.note}" if self.note else "")
 
     @property
     def set_title(self) -> str:
@@ -150,7 +153,24 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     ]
     usual = {"kmeans": 0, "linear": 1}
     found.sort(key=lambda e: (e.data_set, usual.get(e.protocol, 2), e.protocol, e.network))
-    return found[:MAX_RESULTS]
+    return tell_apart(found[:MAX_RESULTS])
+
+
+def tell_apart(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Notes on each what not all of a data set share: the size, the images, how they are resized.
+
+    Where only some say it, as results of earlier versions do not, nothing is noted.
+    """
+    noted = []
+    for one in evaluations:
+        alike = [other for other in evaluations if other.data_set == one.data_set]
+        words = []
+        for name in _SHARED:
+            values = [str(other.options.get(name)) for other in alike]
+            if len(set(values)) > 1 and "None" not in values and f"{name}=" not in one.protocol:
+                words.append(f"{name} {str(one.options[name])[:60]}")
+        noted.append(replace(one, note=", ".join(words)))
+    return noted
 
 
 def read_evaluation(path: Path, data_set: str = "") -> Evaluation:
@@ -189,6 +209,7 @@ def read_evaluation(path: Path, data_set: str = "") -> Evaluation:
             confusion=confusion,
             unmatched=unmatched,
             options=dict(payload.get("options") or {}),
+            note="",
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, InputError):

@@ -15,6 +15,7 @@ MAX_CONFUSION = 30
 MAX_CLASS_ROWS = 120  # of a data set; ImageNet-S has 920 classes
 DETAILED = ("kmeans", "linear")  # protocols whose classes are shown
 INITIAL = "initial"
+Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,18 @@ def network_order(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (name == INITIAL, name != "trained", name))
 
 
-def by_row(evaluations: Iterable[Evaluation]) -> dict[tuple[str, str], dict[str, Evaluation]]:
-    """Evaluations by (data set, protocol), then network; in their order."""
-    rows: dict[tuple[str, str], dict[str, Evaluation]] = {}
+def by_row(evaluations: Iterable[Evaluation]) -> dict[Key, dict[str, Evaluation]]:
+    """Evaluations by (data set, protocol, note), then network; in their order."""
+    rows: dict[Key, dict[str, Evaluation]] = {}
     for one in evaluations:
-        rows.setdefault((one.data_set, one.protocol), {})[one.network] = one
+        rows.setdefault((one.data_set, one.protocol, one.note), {})[one.network] = one
     return rows
 
 
 def summary_rows(evaluations: list[Evaluation], networks: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each figure of each protocol and data set; cells follow `networks`."""
     rows: list[dict[str, Any]] = []
-    for (data_set, _), of in by_row(evaluations).items():
+    for (data_set, _, _), of in by_row(evaluations).items():
         first = next(iter(of.values()))
         measures: dict[str, dict[str, Sequence[float]]] = {first.measure: {}}
         for network, one in of.items():
@@ -75,7 +76,7 @@ def summary_rows(evaluations: list[Evaluation], networks: Sequence[str]) -> list
 def detailed(evaluations: list[Evaluation]) -> list[dict[str, Evaluation]]:
     """The protocols of one data set whose classes are shown, each by network; at least one."""
     rows = by_row(evaluations)
-    chosen = [of for (_, protocol), of in rows.items() if protocol in DETAILED]
+    chosen = [of for (_, protocol, _), of in rows.items() if protocol in DETAILED]
     return chosen or list(rows.values())[:1]
 
 

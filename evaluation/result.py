@@ -35,7 +35,8 @@ class Result:
     """Scores in percent; per-class figures and confusion matrix are those of the first seed.
 
     Attributes:
-        protocol: kmeans, kmeans-many-K, linear, linear-crf, retrieval-7, finetune-12.5, …
+        protocol: kmeans, kmeans-many-K, linear, linear-crf, retrieval-7, finetune-12.5, …; with
+            `@` and what differs where there was a row of that name (`rows.py`).
         network: trained, initial, or the name of a file.
         step: steps that the network was trained for.
         values: mIoU of each seed (or the protocol's own main figure, see `measure`).
@@ -84,7 +85,8 @@ class Result:
 
     @property
     def published(self) -> tuple[Published, ...]:
-        return published_figures(self.data_set, self.protocol, self.classes)
+        plain = self.protocol.partition("@")[0]
+        return published_figures(self.data_set, plain, self.classes)
 
     def path(self, folder: Path) -> Path:
         """`evaluation/[DATA SET/]PROTOCOL-NETWORK.json` below the run directory."""
@@ -206,7 +208,10 @@ class Result:
 
 
 def title_of(protocol: str) -> str:
-    """A protocol's name for people."""
+    """A protocol's name for people, with what tells its row from others (`rows.py`)."""
+    plain, _, told = protocol.partition("@")
+    if told:
+        return f"{title_of(plain)} ({told.replace('=', ' ').replace(',', ', ')})"
     if protocol in TITLES:
         return TITLES[protocol]
     start, _, last = protocol.rpartition("-")

@@ -424,14 +424,15 @@ def test_the_table_follows_the_data_set(
     place = ("--root", root, "--device", "cpu", "--size", SIZE, "--rows", "kmeans")
     curated = ("--list", root / "curated.txt")
     names = ("resize", "resolution", "mean", "fit_on")
-    for more, expected in (
-        ((), ("crop", "image", "present", "train")),
-        (("--resize", "opencv", "--mean", "all"), ("opencv", "image", "all", "train")),
+    changed = ("--resize", "opencv", "--mean", "all")
+    for more, row, expected in (
+        ((), "kmeans", ("crop", "image", "present", "train")),
+        (changed, "kmeans@mean=all,resize=opencv", ("opencv", "image", "all", "train")),
     ):
         command = ("table", run, "--data-set", "coco-stuff-27", *place, *curated, *more)
         status, _, error = evaluate(capsys, *command)
         assert status == 0, error
-        found = read_result(run, "coco-stuff-27/kmeans-trained")["options"]
+        found = read_result(run, f"coco-stuff-27/{row}-trained")["options"]
         assert tuple(found[name] for name in names) == expected
     (root / "train2017").rename(root / "away")
     assert "no images for --split 'train2017'" in refused(capsys, *command)

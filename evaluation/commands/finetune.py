@@ -83,6 +83,7 @@ def finetune(
     for samples in (test, train):
         common.check_samples(samples, ranks)
     results = run_finetune(subject, train, test, config, ranks, shares, splits, listed)
+    results = common.own_rows(results, test, subject, source.name, ranks)
     common.finish(results, subject, source, ranks, html)
 
 

@@ -179,6 +179,7 @@ def run_kmeans(
         found = segmentation_metrics(subject.encoder, samples, config, clustering, ranks)
         metrics = {**result.metrics, **{name: (value,) for name, value in found.items()}}
         result = replace(result, metrics=metrics)
+    (result,) = common.own_rows([result], samples, subject, data_set, ranks)
     if ranks.is_main:
         folder = result_folder(subject.folder, data_set)
         head = saved_clusters(clustering, config, samples.classes, data_set, result.step)

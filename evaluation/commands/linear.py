@@ -139,6 +139,7 @@ def run_linear(
     else:
         train, test = sets
         results, classifier = evaluate_linear(encoder, train, test, *last, cache or folder)
+    results = common.own_rows(results, sets[-1], subject, data_set, ranks)
     if ranks.is_main:
         head = SavedHead(
             kind="linear",
@@ -150,5 +151,5 @@ def run_linear(
             step=subject.encoder.step,
             resize=config.resize,
         )
-        head.write(folder / f"linear-{subject.name}.safetensors")
+        head.write(folder / f"{results[0].protocol}-{subject.name}.safetensors")
     return results

@@ -17,6 +17,7 @@ from evaluation.datasets import DataSet, Place, Role, data_set
 from evaluation.features import own_samples, shown
 from evaluation.report import write_report
 from evaluation.result import Result
+from evaluation.rows import own_row
 from trainer.distributed import Ranks, cores_per_rank, end_ranks, start_ranks
 from trainer.encoder import Encoder, load_encoder
 
@@ -219,6 +220,16 @@ def _problem(samples: LabelledSet, number: int) -> str | None:
     except SampleError as error:
         return error.reason
     return None
+
+
+def own_rows(
+    results: list[Result], samples: LabelledSet, subject: Subject, data_set: str, ranks: Ranks
+) -> list[Result]:
+    """The results as rows of their own beside those there are; named on rank 0, which writes."""
+    if not ranks.is_main:
+        return results
+    place = subject.folder / "evaluation" / data_set
+    return [own_row(result, samples, place) for result in results]
 
 
 def finish(

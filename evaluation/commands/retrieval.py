@@ -84,6 +84,9 @@ def run_retrieval(
     results, neighbours = evaluate_retrieval(
         subject.encoder, bank, samples, config, ranks, subject.name, cores_per_rank()
     )
+    results = common.own_rows(results, samples, subject, data_set, ranks)
+    # of the row without a name of its own, as the examples of K-means
+    pictures = pictures and "@" not in results[0].protocol
     if pictures and ranks.is_main and len(neighbours.queries) > 0:
         path = result_folder(subject.folder, data_set) / f"neighbours-{subject.name}.npz"
         write_neighbour_sheet(subject.encoder, bank, samples, config, neighbours, results[0], path)

@@ -271,7 +271,8 @@ def _evaluate(
             if isinstance(made, NotScored):
                 missing.append(made)
             else:
-                results.append(replace(made, data_set=source.name))
+                (row,) = common.own_rows([made], sets["test"], subjects[0], source.name, ranks)
+                results.append(replace(row, data_set=source.name))
             if ranks.is_main:
                 if isinstance(made, Result):
                     results[-1].write(folder)

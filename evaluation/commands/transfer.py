@@ -67,6 +67,7 @@ def transfer(
     ranks = common.start(device)
     common.check_samples(samples, ranks)
     results = run_transfer(subject, head, samples, config, ranks)
+    results = common.own_rows(results, samples, subject, source.name, ranks)
     common.finish(results, subject, source, ranks, html)
 
 

@@ -100,6 +100,7 @@ def video(
     if train is not None:
         classifier = learn_head(subject, train, samples, learning, source.name, ranks)
     results = run_video(subject, samples, chosen, config, ranks, classifier, write)
+    results = common.own_rows(results, samples, subject, source.name, ranks)
     common.finish(results, subject, source, ranks, html)
 
 
