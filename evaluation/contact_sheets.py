@@ -18,7 +18,7 @@ from data_pipeline.labelled import LabelledSet
 from data_pipeline.resize import resize_nearest
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise
 from evaluation.examples import cluster_maps
-from evaluation.features import precision
+from evaluation.features import forward
 from evaluation.gallery import MAX_SIDE, Gallery
 from evaluation.image_scores import ImageScores
 from evaluation.kmeans import Clustering
@@ -192,9 +192,8 @@ def _foreground(
         saliency = saliency_masks(list(batch), config.size)
     else:
         device = next(encoder.parameters()).device
-        with precision(config.precision, device):
-            images = normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last)
-            logits = encoder.network(images).saliency
-            saliency = upsample(logits, (config.size, config.size))[:, 0].cpu()
+        images = normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last)
+        logits = forward(encoder.network, images, config.precision).saliency
+        saliency = upsample(logits, (config.size, config.size))[:, 0].cpu()
     foreground: NDArray[np.bool_] = foreground_of(saliency, config.prototype).numpy()
     return foreground

@@ -13,11 +13,12 @@ from data_pipeline.labelled import LabelledSet
 from data_pipeline.resize import resize_nearest
 from data_pipeline.sample import Label, UInt8
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise
-from evaluation.features import precision
+from evaluation.features import forward
 from evaluation.kmeans import Clustering
 from evaluation.kmeans_config import KMeansConfig
 from evaluation.prototypes import foreground_of, saliency_masks
 from trainer.encoder import Encoder
+from trainer.model import upsample
 
 
 @torch.inference_mode()
@@ -88,12 +89,13 @@ def _embedded(
         batch = images[first : first + config.batch_size]
         pixels = torch.stack([image.pixels for image in batch]).to(device)
         normalised = normalise(pixels).contiguous(memory_format=torch.channels_last)
-        with precision(config.precision, device):
-            if masks:
-                embeddings = encoder.embeddings(normalised)
-                saliency = saliency_masks(batch, config.size)
-            else:
-                embeddings, saliency = encoder.embed(normalised)
+        output = forward(encoder.network, normalised, config.precision)
+        size = (config.size, config.size)
+        embeddings = upsample(output.embedding, size)
+        if masks:
+            saliency = saliency_masks(batch, config.size)
+        else:
+            saliency = upsample(output.saliency, size)[:, 0]
         parts.append((embeddings.cpu(), saliency.cpu()))
     return torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts])
 

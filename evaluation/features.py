@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -14,12 +14,16 @@ from torch import Tensor
 
 from data_pipeline.errors import CannotScore, InputError
 from data_pipeline.labelled import LabelledSet
+from data_pipeline.pieces import single_threaded_pool
 from data_pipeline.progress import FittedProgress
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise
 from evaluation.miou import Counts
 from trainer.distributed import Ranks
+from trainer.model import PixelOutput
+from trainer.partial import PartialOutput
 
 T = TypeVar("T")
+Output = TypeVar("Output", Tensor, PixelOutput, PixelOutput | PartialOutput)
 PRECISIONS = ("float32", "bf16")
 _SECONDS_BETWEEN_LINES = 30.0  # where the output is a file
 
@@ -45,6 +49,26 @@ def precision(name: str, device: torch.device) -> AbstractContextManager[object]
     """Autocast to bf16, or nothing for float32."""
     require_precision(name)
     return nullcontext() if name == "float32" else torch.autocast(device.type, torch.bfloat16)
+
+
+def forward(call: Callable[[Tensor], Output], images: Tensor, precision_name: str) -> Output:
+    """What a network, or a part of it, says of images [b, …], without gradients.
+
+    On CPUs each thread takes an image at a time and works alone: the bits then depend neither on
+    the other images of a batch nor on the number of threads, and no thread waits for a team.
+    """
+
+    def said(part: Tensor) -> Output:
+        with torch.inference_mode(), precision(precision_name, images.device):
+            return call(part)
+
+    if images.device.type != "cpu":
+        return said(images)
+    with single_threaded_pool(min(len(images), torch.get_num_threads())) as pool:
+        parts = list(pool.map(said, torch.split(images, 1)))
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return type(parts[0])(*(torch.cat(of_all) for of_all in zip(*parts, strict=True)))
 
 
 def own_batches(

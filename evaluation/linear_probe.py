@@ -23,9 +23,9 @@ from evaluation.augmentation import augmented
 from evaluation.crf import CrfConfig
 from evaluation.feature_cache import FeatureCache
 from evaluation.features import (
+    forward,
     own_batches,
     own_samples,
-    precision,
     require_pixels,
     require_precision,
     shown,
@@ -359,8 +359,7 @@ def own_count(images: WholeImages, ranks: Ranks) -> int:
 @torch.inference_mode()
 def frozen_features(encoder: Encoder, pixels: Tensor, config: LinearConfig, ranks: Ranks) -> Tensor:
     """Decoder features [B, C, h, w] without gradient."""
-    with precision(config.precision, ranks.device):
-        return encoder.network.features(pixels)
+    return forward(encoder.network.features, pixels, config.precision)
 
 
 def _probe(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.whole_images import WholeImages
 from evaluation.cluster import Clusters, fit_clusters
-from evaluation.features import own_batches, own_samples, precision, require_pixels
+from evaluation.features import forward, own_batches, own_samples, require_pixels
 from evaluation.kmeans_config import KMeansConfig
 from evaluation.miou import Counts, confusion
 from evaluation.resolution import at_resolution
@@ -119,6 +119,5 @@ def pixel_embeddings(
     encoder: Encoder, pixels: Tensor, config: KMeansConfig, ranks: Ranks
 ) -> Tensor:
     """L2-normalised embeddings [b, D, S, S], float32."""
-    with precision(config.precision, ranks.device):
-        embeddings = encoder.embeddings(pixels)
+    embeddings = forward(encoder.embeddings, pixels, config.precision)
     return F.normalize(embeddings.float(), dim=1)

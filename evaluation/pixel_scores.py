@@ -19,7 +19,7 @@ from data_pipeline.labelled import LabelledSet
 from data_pipeline.sample import Label, UInt8
 from data_pipeline.whole_images import WholeImages, normalise
 from evaluation.crf import CrfConfig, refine
-from evaluation.features import own_samples, precision, require_pixels, shown
+from evaluation.features import forward, own_samples, require_pixels, shown
 from evaluation.linear_classifier import LinearClassifier
 from evaluation.miou import Counts, Mean, confusion, foreground_iou, score
 from evaluation.resolution import Resolution, at_resolution
@@ -152,8 +152,7 @@ def count_streamed(
         for batch in images.batches(numbers, how.batch_size):
             stacked = torch.stack([image.pixels for image in batch]).to(ranks.device)
             pixels = normalise(stacked).contiguous(memory_format=torch.channels_last)
-            with torch.inference_mode(), precision(how.precision, ranks.device):
-                found = features(pixels)
+            found = forward(features, pixels, how.precision)
             for one, image in zip(found, batch, strict=True):
                 with torch.inference_mode():
                     logits = classifier.logits_at(one, images.size)

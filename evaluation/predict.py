@@ -22,7 +22,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.resize import Resize, require_resize, resize_image, resize_nearest
 from data_pipeline.sample import Label, UInt8
 from data_pipeline.whole_images import normalise
-from evaluation.features import precision, require_precision
+from evaluation.features import forward, require_precision
 from evaluation.pixel_kmeans import nearest_centres
 from evaluation.prototypes import PrototypeConfig, foreground_of, image_prototypes
 from evaluation.saved_head import SavedHead
@@ -198,14 +198,14 @@ class Predictor:
         images = normalise(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
         network, features = self.encoder.network, None
         size = (pixels.shape[2], pixels.shape[3])
-        with precision(self.config.precision, self.device):
-            if self.kind == "linear":
-                features = network.features(images)
-                if not (self._vectors or (self.config.saliency and self._salient)):
-                    return _Maps(size, features, None, None)
-                output = network.heads(features)
-            else:
-                output = network(images)
+        how = self.config.precision
+        if self.kind == "linear":
+            features = forward(network.features, images, how)
+            if not (self._vectors or (self.config.saliency and self._salient)):
+                return _Maps(size, features, None, None)
+            output = forward(network.heads, features, how)
+        else:
+            output = forward(network, images, how)
         return _Maps(size, features, output.embedding, output.saliency if self._salient else None)
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ from torch import Tensor
 from data_pipeline.labelled import LabelledSet
 from data_pipeline.sample import Label
 from data_pipeline.whole_images import WholeImage, WholeImages
-from evaluation.features import own_batches, precision
+from evaluation.features import forward, own_batches
 from evaluation.imagenet_s_metrics import SIZES, ImageNetSMetrics
 from evaluation.kmeans import Clustering
 from evaluation.kmeans_config import KMeansConfig
@@ -85,8 +85,7 @@ def _cluster_maps(
     if config.prototype.foreground == "mask":
         saliency = saliency_masks(batch, config.size).to(ranks.device)
     else:
-        with precision(config.precision, ranks.device):
-            logits = encoder.network(pixels).saliency
+        logits = forward(encoder.network, pixels, config.precision).saliency
         saliency = upsample(logits, (config.size, config.size))[:, 0]
     clusters = [clustering.cluster_of_sample[image.sample_id] for image in batch]
     of_image = torch.tensor(clusters, device=ranks.device)[:, None, None]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_pipeline.errors import CannotScore
 from data_pipeline.whole_images import WholeImage, WholeImages
-from evaluation.features import own_batches, precision
+from evaluation.features import forward, own_batches, precision
 from evaluation.miou import Counts, confusion
 from evaluation.prototypes import PrototypeConfig, image_prototypes, saliency_masks
 from evaluation.resolution import Resolution, at_resolution
@@ -103,8 +103,13 @@ def collect_statistics(
     """
     encoder.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     dim = encoder.network.config.embedding_dim
+
+    def network(pixels: Tensor) -> PixelOutput | PartialOutput:
+        output: PixelOutput | PartialOutput = forward(encoder.network, pixels, precision_name)
+        return output
+
     own = own_statistics(
-        *(encoder.network, dim, images, prototype, ranks),
+        *(network, dim, images, prototype, ranks),
         *(batch_size, precision_name, resolution, title),
     )
     found = gather_statistics(own, ranks)

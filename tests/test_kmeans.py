@@ -18,8 +18,10 @@ from evaluation.cluster import ClusterConfig
 from evaluation.features import own_batches
 from evaluation.kmeans import Clustering, evaluate_kmeans
 from evaluation.kmeans_config import KMeansConfig
+from evaluation.online import EvenlySpread
 from evaluation.prototypes import PrototypeConfig
 from evaluation.result import Result
+from evaluation.statistics import collect_statistics
 from tests.evaluation_data import (
     BlockItem,
     block_shards,
@@ -32,6 +34,7 @@ from tests.published_steps import nearest
 from tests.ranks import run_on_ranks
 from trainer.distributed import Ranks
 from trainer.encoder import Encoder
+from trainer.model import ModelConfig, PixelEncoder
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 BLOCKS = [1, 2, 3] * 8 + [0, 1]  # one image without an object
@@ -238,11 +241,29 @@ def _evaluate(ranks: Ranks, shards: Path, config: KMeansConfig) -> tuple[Result,
     return evaluate_kmeans(random_encoder(), samples, config, ranks, threads=1)
 
 
+def test_neither_threads_nor_the_batch_change_a_bit(scenes: ShardSet) -> None:
+    """Of a network that says something else with a team of threads, and to other batches."""
+    config = ModelConfig(backbone="resnet18", embedding_dim=8, decoder_channels=32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = Encoder(PixelEncoder(config), step=0)
+    found, before = [], torch.get_num_threads()
+    images = WholeImages(EvenlySpread(scenes, 4), 96, 1)
+    try:
+        for threads, batch in ((1, 4), (2, 4), (3, 1), (2, 3)):
+            torch.set_num_threads(threads)
+            found.append(collect_statistics(encoder, images, HALVES, ALONE, batch).vectors)
+    finally:
+        torch.set_num_threads(before)
+    for one in found[1:]:
+        np.testing.assert_array_equal(one, found[0])
+    assert np.abs(found[0]).sum() > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_change_nothing(scenes: ShardSet, world_size: int) -> None:
-    """One image a pass, since the last bit of what the network says can depend on the batch."""
-    config = KMeansConfig(40, HALVES, ClusterConfig(pca=4), batch_size=1)
+    config = KMeansConfig(40, HALVES, ClusterConfig(pca=4), batch_size=7)
     [(alone, clustering)] = run_on_ranks(_evaluate, 1, scenes.manifest.root, config)
     for result, found in run_on_ranks(_evaluate, world_size, scenes.manifest.root, config):
         assert_same(result, alone)
