@@ -106,12 +106,15 @@ def _count(
 
 def nearest_centres(embeddings: Tensor, clusters: Clusters) -> Tensor:
     """Cluster of each pixel, int64 [B, H, W], of normalised embeddings [B, D, H, W]."""
-    directions = embeddings.new_tensor(clusters.directions)
-    centres = embeddings.new_tensor(clusters.centres)
-    # (x − mean) · directions · centres, as one product with the pixels
-    weight = directions @ centres.T  # [D, K]
-    offset = -0.5 * (centres**2).sum(1) - embeddings.new_tensor(clusters.mean) @ weight
-    scores = torch.einsum("bdhw,dk->bkhw", embeddings, weight) + offset[:, None, None]
+    # (x − mean) · directions · centres, as one product with the pixels; the mean first, since what
+    # is whitened may be far smaller than it, and what float32 cuts off the mean with the rest
+    exact = clusters.directions @ clusters.centres.T  # [D, K]
+    mean = embeddings.new_tensor(clusters.mean)
+    cut_off = clusters.mean - mean.double().cpu().numpy()
+    offset = embeddings.new_tensor(-0.5 * (clusters.centres**2).sum(1) - cut_off @ exact)
+    centred = embeddings - mean[:, None, None]
+    scores = torch.einsum("bdhw,dk->bkhw", centred, embeddings.new_tensor(exact))
+    scores += offset[:, None, None]
     return scores.argmax(1)
 
 

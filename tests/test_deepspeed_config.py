@@ -64,6 +64,7 @@ def test_auto_and_what_is_equal_is_taken_and_the_rest_is_kept(tmp_path: Path) ->
         ({"train_batch_size": 64}, ("train_batch_size = 64", "data.batch_size", "48")),
         ({"train_micro_batch_size_per_gpu": 8}, ("per_gpu = 8", "data.batch_size", "6")),
         ({"gradient_accumulation_steps": 1}, ("steps = 1", "optim.accumulate", "2")),
+        ({"managed_gradient_accumulation": False}, ("= False", "optim.accumulate", "True")),
         ({"gradient_clipping": 1.0}, ("clipping = 1.0", "optim.clip_norm", "2.0")),
         ({"zero_optimization": {"stage": 3}}, ("stage = 3", "engine.zero_stage", "2")),
         ({"torch_autocast": {"dtype": "float16"}}, ("'float16'", "run.precision", "'bfloat16'")),

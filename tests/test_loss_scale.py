@@ -6,7 +6,7 @@ import torch
 from tests.ranks import run_on_ranks
 from trainer.deepspeed_engine import LossScale
 from trainer.distributed import Ranks
-from trainer.engine import Engine, EngineConfig, make_engine
+from trainer.engine import GOOD_STEPS, Engine, EngineConfig, make_engine
 from trainer.model import ModelConfig, PixelEncoder
 from trainer.schedule import OptimConfig
 
@@ -17,7 +17,8 @@ def new_engine(ranks: Ranks, config: EngineConfig, precision: str) -> Engine:
     torch.manual_seed(0)
     model = ModelConfig("small", decoder_channels=8, embedding_dim=4, dropout=0.0)
     network = PixelEncoder(model).train()
-    engine = make_engine(config, OptimConfig(clip_norm=0.01), network, 4, ranks, precision)
+    optim = OptimConfig(clip_norm=0.01, accumulate=2)
+    engine = make_engine(config, optim, network, 8, ranks, precision)
     engine.rehearse(torch.zeros(2, 3, 32, 32))
     return engine
 
@@ -26,8 +27,11 @@ def one_step(engine: Engine, times: float = 1.0) -> float:
     """Returns the gradient's norm, NaN if the step was passed over."""
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     engine.update_momentum(0.99)
-    output = engine.forward(images)
-    engine.backward(times * output.embedding.float().square().mean())
+    for more_follow in (True, False):  # the first overflows, and the second does not
+        with engine.accumulating(more_follow):
+            output = engine.forward(images)
+            factor = times if more_follow else 1.0
+            engine.backward(factor * output.embedding.float().square().mean())
     finite = engine.gradient_is_finite()
     norm = engine.step(0.1, skip=not finite)
     return float(norm) if finite else float("nan")
@@ -53,10 +57,12 @@ def run(ranks: Ranks, stage: int) -> None:
     mine = found["embedding_head.weight"] - before["embedding_head.weight"]
     assert float((mine - moved).norm() / moved.norm()) < 2e-2  # clipped in the same way, too
 
-    other = new_engine(ranks, EngineConfig("deepspeed", stage), "fp16")
-    other.load_optimizer(lambda name: state.get(("optimizer", name)))
-    scales = [float(s.value) for s in other.state() if s.name == "loss_scale"]
-    assert scales == [65536 / 16]
+    state["optimizer", GOOD_STEPS] = torch.tensor(7.0)
+    for config in (EngineConfig("deepspeed", stage), EngineConfig()):
+        other = new_engine(ranks, config, "fp16")
+        other.load_optimizer(lambda name: state.get(("optimizer", name)))
+        kept = {s.name: float(s.value) for s in other.state() if s.name.startswith("loss_scale")}
+        assert kept == {"loss_scale": 65536 / 16, GOOD_STEPS: 7}
 
 
 @pytest.mark.slow

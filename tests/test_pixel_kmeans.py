@@ -93,6 +93,18 @@ def test_whitened_directions_are_part_of_the_distance() -> None:
     assert nearest_centres(embeddings, clusters).tolist() == expected.tolist()
 
 
+def test_directions_far_shorter_than_the_mean_keep_their_digits() -> None:
+    """As of a network whose embeddings have all but collapsed to one direction."""
+    draw, spread = np.random.default_rng(0), 1e-6
+    mean = np.full(8, 8**-0.5)
+    clusters = Clusters(mean, np.eye(8) / spread, draw.normal(size=(20, 8)))
+    values = mean[:, None, None] + spread * draw.normal(size=(2, 8, 50, 50))
+    embeddings = torch.from_numpy(values).float()
+    flat = embeddings.permute(0, 2, 3, 1).reshape(-1, 8).numpy()
+    expected = torch.from_numpy(clusters.assign(flat)).view(2, 50, 50)
+    assert float((nearest_centres(embeddings, clusters) != expected).float().mean()) < 1e-3
+
+
 def test_images_cannot_be_counted_by_cluster() -> None:
     with pytest.raises(InputError, match="--criterion image needs --unit image"):
         KMeansConfig(criterion="image", unit="pixel")

@@ -90,6 +90,7 @@ def _our_values(
     # DeepSpeed only measures throughput with these; uneven parts of a batch need no exact number
     yield "train_micro_batch_size_per_gpu", Given(max(1, micro), "data.batch_size")
     yield "gradient_accumulation_steps", Given(optim.accumulate, "optim.accumulate")
+    yield "managed_gradient_accumulation", Given(True, "optim.accumulate")
     if even or file.get("train_batch_size", AUTO) != AUTO:
         yield "train_batch_size", Given(batch_size, "data.batch_size")
     yield "gradient_clipping", Given(float(optim.clip_norm), "optim.clip_norm")

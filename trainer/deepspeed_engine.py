@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import HashStore
 from data_pipeline.errors import InputError
 from trainer.deepspeed_config import deepspeed_settings, zero_stage
 from trainer.distributed import Ranks, all_gather_equal
-from trainer.engine import StateTensor, autocast, network_state
+from trainer.engine import GOOD_STEPS, StateTensor, autocast, network_state
 from trainer.model import PixelEncoder, PixelOutput
 from trainer.momentum import update_momentum
 from trainer.optimizer import STATE_NAMES, build_optimizer, make_state
@@ -56,15 +56,15 @@ def import_deepspeed(device: torch.device) -> Any:
 class LossScale:
     """Of fp16: halved by a step that is no number, doubled after 2,000 in a row that are."""
 
-    def __init__(self, value: float = 65536.0) -> None:
-        self.value, self._good = value, 0
+    def __init__(self, value: float = 65536.0, good: int = 0) -> None:
+        self.value, self.good = value, good
 
     def update(self, bad: bool) -> None:
-        self._good = 0 if bad else self._good + 1
+        self.good = 0 if bad else self.good + 1
         if bad:
             self.value /= 2
-        elif self._good == _STEPS_TO_DOUBLE:
-            self.value, self._good = 2 * self.value, 0
+        elif self.good == _STEPS_TO_DOUBLE:
+            self.value, self.good = 2 * self.value, 0
 
 
 class DeepSpeedEngine:
@@ -205,6 +205,7 @@ class DeepSpeedEngine:
                 yield StateTensor("optimizer", f"step.{name}", self._steps().clone())
         if self._loss_scale is not None:
             yield StateTensor("optimizer", "loss_scale", torch.tensor(self._loss_scale.value))
+            yield StateTensor("optimizer", GOOD_STEPS, torch.tensor(float(self._loss_scale.good)))
 
     def load_optimizer(self, read: Callable[[str], Tensor | None]) -> None:
         for name, parameter in self.network.named_parameters():
@@ -218,9 +219,9 @@ class DeepSpeedEngine:
             if steps is not None and self._config.name == "adamw":
                 for state in self.base_optimizer.state.values():
                     state["step"].copy_(steps)
-        scale = read("loss_scale")
+        scale, good = read("loss_scale"), read(GOOD_STEPS)
         if self._loss_scale is not None and scale is not None:
-            self._scale_losses(LossScale(float(scale)))
+            self._scale_losses(LossScale(float(scale), 0 if good is None else int(good)))
 
     # --- one parameter's state, wherever ZeRO has put it ---
 

@@ -21,6 +21,7 @@ from trainer.optimizer import build_optimizer, make_state
 from trainer.schedule import OptimConfig
 from trainer.settings import EngineConfig
 
+GOOD_STEPS = "loss_scale_good_steps"  # in a row, after which fp16's loss scale is doubled
 _DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -184,7 +185,9 @@ class DdpEngine:
                 for kind, value in make_state(self.optimizer, parameter).items():
                     yield StateTensor("optimizer", f"{kind}.{name}", value)
         if self._scaler.is_enabled():
+            good = float(self._scaler.state_dict()["_growth_tracker"])
             yield StateTensor("optimizer", "loss_scale", torch.tensor(self._scaler.get_scale()))
+            yield StateTensor("optimizer", GOOD_STEPS, torch.tensor(good))
 
     def load_optimizer(self, read: Callable[[str], Tensor | None]) -> None:
         for name, parameter in self.network.named_parameters():
@@ -193,9 +196,12 @@ class DdpEngine:
                     saved = read(f"{kind}.{name}")
                     if saved is not None:
                         value.copy_(saved)
-        scale = read("loss_scale")
+        scale, good = read("loss_scale"), read(GOOD_STEPS)
         if self._scaler.is_enabled() and scale is not None:
-            self._scaler = torch.amp.GradScaler(self.ranks.device.type, float(scale))
+            count = 0 if good is None else int(good)
+            self._scaler = torch.amp.GradScaler(self.ranks.device.type)
+            begun = {"scale": float(scale), "_growth_tracker": count}
+            self._scaler.load_state_dict({**self._scaler.state_dict(), **begun})
 
 
 def make_engine(
