@@ -95,7 +95,7 @@ def verify_shards(
         InputError: the folder holds no manifest.
     """
     if level not in LEVELS:
-        raise InputError(f"--level is {level!r}; it can be {', '.join(LEVELS)}")
+        raise InputError(f"the level is {level!r}; it can be {', '.join(LEVELS)}")
     if not (root / FILE_NAME).is_file():
         read_manifest(root)  # says so
     try:

@@ -40,7 +40,7 @@ class CrfConfig:
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
-            raise InputError(f"--crf-iterations is {self.iterations}; it must be at least 1")
+            raise InputError(f"iterations of the CRF is {self.iterations}; it must be at least 1")
         for name in ("gaussian_weight", "bilateral_weight"):
             self._require_between(name, 0, 1e6)
         for name in ("gaussian_sigma", "bilateral_sigma", "colour_sigma"):
@@ -49,8 +49,7 @@ class CrfConfig:
     def _require_between(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
         if not low <= value <= high:
-            option = f"--crf-{name.replace('_', '-')}"
-            raise InputError(f"{option} is {value}; it must be from {low:g} to {high:g}")
+            raise InputError(f"{name} of the CRF is {value}; it must be from {low:g} to {high:g}")
 
 
 def refine(
@@ -164,9 +163,9 @@ def _bilateral(image: NDArray[np.uint8], config: CrfConfig) -> Permutohedral:
         lattice = Permutohedral(points.reshape(5, -1))
     except OverflowError as error:
         raise InputError(
-            f"--crf-bilateral-sigma {config.bilateral_sigma} and --crf-colour-sigma "
-            f"{config.colour_sigma} are too small for an image of {height} × {width} pixels; "
-            "raise them, or leave the kernel out with --crf-bilateral-weight 0"
+            f"bilateral_sigma {config.bilateral_sigma} and colour_sigma "
+            f"{config.colour_sigma} of the CRF are too small for an image of {height} × {width} pixels; "
+            "raise them, or leave the kernel out with bilateral_weight 0"
         ) from error
     ones = np.ones((height * width, 1), np.float32)
     lattice.scale(np.sqrt(np.float32(config.bilateral_weight) / lattice.filter(ones)[:, 0]))

@@ -288,7 +288,7 @@ def test_a_constant_image_and_the_largest_weights() -> None:
 def test_wrong_settings_are_refused_by_their_option(name: str, value: float) -> None:
     if name == "iterations" and value != -1:
         return
-    with pytest.raises(InputError, match=f"--crf-{name.replace('_', '-')} is "):
+    with pytest.raises(InputError, match=f"{name} of the CRF is "):
         CrfConfig(**{name: value})  # type: ignore[arg-type]
 
 
@@ -305,7 +305,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 def test_sigmas_that_the_lattice_cannot_number_are_refused() -> None:
     image = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
-    with pytest.raises(InputError, match=r"--crf-colour-sigma 0\.01 are too small"):
+    with pytest.raises(InputError, match=r"colour_sigma 0\.01 of the CRF are too small"):
         refine(
             image,
             np.ones((1, 300, 300), np.float32),
