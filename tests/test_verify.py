@@ -277,5 +277,5 @@ def test_a_list_of_something_else_is_refused(tmp_path: Path, line: str) -> None:
 
 
 def test_an_unknown_level_is_refused(manifest: Manifest) -> None:
-    with pytest.raises(InputError, match=r"--level is 'deep'; it can be fast, hash, decode"):
+    with pytest.raises(InputError, match=r"the level is 'deep'; it can be fast, hash, decode"):
         verify_shards(manifest.root, "deep")  # type: ignore[arg-type]
