@@ -163,8 +163,9 @@ def _bilateral(image: NDArray[np.uint8], config: CrfConfig) -> Permutohedral:
         lattice = Permutohedral(points.reshape(5, -1))
     except OverflowError as error:
         raise InputError(
-            f"bilateral_sigma {config.bilateral_sigma} and colour_sigma {config.colour_sigma} of the "
-            f"CRF are too small for an image of {height} × {width} pixels; raise them, or leave the kernel out with bilateral_weight 0"
+            f"bilateral_sigma {config.bilateral_sigma} and colour_sigma {config.colour_sigma} "
+            f"of the CRF are too small for an image of {height} × {width} pixels; raise them, or "
+            "leave the kernel out with bilateral_weight 0"
         ) from error
     ones = np.ones((height * width, 1), np.float32)
     lattice.scale(np.sqrt(np.float32(config.bilateral_weight) / lattice.filter(ones)[:, 0]))
