@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 from benchmarks.side_by_side import machine_line
@@ -225,9 +224,8 @@ def main() -> None:
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks, with commas between")
     parser.add_argument("--output", type=Path, help="the file to write; printed without")
     options = parser.parse_args()
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     command = " ".join(["python -m benchmarks.engine_parity", *sys.argv[1:]])
-    lines = [f"`{command}`, {date}, {machine_line()}", ""]
+    lines = [f"`{command}`, {machine_line()}", ""]
     good = True
     with tempfile.TemporaryDirectory() as name:
         shards = Path(name) / "shards"
