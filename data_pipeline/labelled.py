@@ -65,18 +65,32 @@ class ShardSet:
         return self._reader.index.key(*self._reader.index.locate(number))
 
     def read(self, number: int) -> StoredSample:
-        shard, sample = self._reader.index.locate(number)
-        try:
-            found = self._reader.read(shard, sample, label=True)
-        except SampleError as error:
-            raise SampleError(error.stage, f"{self.manifest.root / error.reason}") from None
+        found = self._read(number, label=True)
         if found.label is None:
-            name = self._reader.describe(shard, sample)
+            name = self._reader.describe(*self._reader.index.locate(number))
             raise SampleError("label", f"{self.manifest.root / name} has no label")
         return found
 
+    def _read(self, number: int, label: bool) -> StoredSample:
+        shard, sample = self._reader.index.locate(number)
+        try:
+            return self._reader.read(shard, sample, label=label)
+        except SampleError as error:
+            raise SampleError(error.stage, f"{self.manifest.root / error.reason}") from None
+
     def remedy(self) -> str:
         return "copy the shard here again or build the shards again"
+
+
+class UnlabelledShards(ShardSet):
+    """The samples of shards without labels, or regardless of them: every pixel is of one class."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return ("unlabelled",)
+
+    def read(self, number: int) -> StoredSample:
+        return self._read(number, label=False)
 
 
 def labelled_shards(manifest: Manifest) -> ShardSet:

@@ -76,7 +76,9 @@ class WholeImages:
         try:
             raw = self.samples.read(sample_id)
             image = decode_rgb(raw.image)
-            label = decode_label(raw.label or b"")
+            # only sets without labels give none: all their pixels are of their one class
+            unlabelled = np.zeros(image.shape[:2], np.int16)
+            label = unlabelled if raw.label is None else decode_label(raw.label)
             mask = None if raw.mask is None else decode_grey(raw.mask, "mask")
             pixels = resize_image(image, self.size, self.resize)
         except SampleError as error:
@@ -102,12 +104,17 @@ class WholeImages:
         """The images of these numbers, `size` at a time, read ahead by one batch."""
         parts = [sample_ids[i : i + size].tolist() for i in range(0, len(sample_ids), size)]
         with ThreadPoolExecutor(self.threads) as pool:
-            current = [pool.submit(self.read, number) for number in parts[0]] if parts else []
+            current = [pool.submit(self.attempt, number) for number in parts[0]] if parts else []
             for following in [*parts[1:], []]:
-                ahead = [pool.submit(self.read, number) for number in following]
-                if current:
-                    yield [future.result() for future in current]
+                ahead = [pool.submit(self.attempt, number) for number in following]
+                found = [image for future in current if (image := future.result()) is not None]
+                if found:
+                    yield found
                 current = ahead
+
+    def attempt(self, sample_id: int) -> WholeImage | None:
+        """What `batches` takes of a sample; None leaves it out, which only subclasses do."""
+        return self.read(sample_id)
 
 
 def normalise(pixels: Tensor) -> Tensor:

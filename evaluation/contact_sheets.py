@@ -19,12 +19,11 @@ from data_pipeline.resize import resize_nearest
 from data_pipeline.whole_images import WholeImage, WholeImages, normalise
 from evaluation.examples import cluster_maps
 from evaluation.features import forward
-from evaluation.gallery import MAX_SIDE, Gallery
+from evaluation.gallery import MAX_SIDE, Belonging, Gallery
 from evaluation.image_scores import ImageScores
 from evaluation.kmeans import Clustering
 from evaluation.kmeans_config import KMeansConfig
 from evaluation.prototypes import foreground_of, saliency_masks
-from evaluation.result import Result
 from evaluation.retrieval import Neighbours, RetrievalConfig
 from trainer.encoder import Encoder
 from trainer.model import upsample
@@ -42,7 +41,7 @@ def write_cluster_sheet(
     samples: LabelledSet,
     config: KMeansConfig,
     clustering: Clustering,
-    result: Result,
+    belonging: Belonging,
     path: Path,
 ) -> None:
     """Writes the best and worst images, and of each cluster those nearest to its centre.
@@ -81,9 +80,8 @@ def write_cluster_sheet(
         "member": place[member],
         "cluster_count": np.array((sizes > 0).sum()),
     }
-    names = samples.classes
-    gallery = Gallery(keys, images, segments, names, result.protocol, result.network, arrays)
-    gallery.write(path)
+    said = (belonging.names, belonging.protocol, belonging.network)
+    Gallery(keys, images, segments, *said, arrays).write(path)
 
 
 def extremes(scores: ImageScores, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -112,7 +110,7 @@ def write_neighbour_sheet(
     samples: LabelledSet,
     config: RetrievalConfig,
     neighbours: Neighbours,
-    result: Result,
+    belonging: Belonging,
     path: Path,
 ) -> None:
     """Writes QUERIES queries, evenly spread, with their nearest images of the bank.
@@ -143,9 +141,9 @@ def write_neighbour_sheet(
         [*parts[0][0], *parts[1][0]],
         np.concatenate([part[1] for part in parts]),
         np.concatenate([part[2] for part in parts]),
-        samples.classes,
-        result.protocol,
-        result.network,
+        belonging.names,
+        belonging.protocol,
+        belonging.network,
         arrays,
     ).write(path)
 

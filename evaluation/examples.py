@@ -29,11 +29,20 @@ def write_examples(
     clustering: Clustering,
     path: Path,
     count: int = 12,
+    among: NDArray[np.int64] | None = None,
 ) -> None:
-    """Writes `count` images, evenly spaced over the data set, as arrays (see `report.py`)."""
+    """Writes `count` images, evenly spaced over the data set, as arrays (see `report.py`).
+
+    Args:
+        encoder, samples, config, clustering: what was evaluated, and what came of it.
+        path: of the file.
+        count: images, at most.
+        among: ids of the samples that may be taken; None takes any.
+    """
     images = WholeImages(samples, config.size, 1, config.resize)
-    numbers = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
-    chosen = [images.read(int(number)) for number in dict.fromkeys(numbers.tolist())]
+    numbers = np.arange(len(images)) if among is None else among
+    places = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(np.int64)
+    chosen = [images.read(int(numbers[place])) for place in dict.fromkeys(places.tolist())]
     pixels = torch.stack([image.pixels for image in chosen])
     embeddings, saliency = _embedded(encoder, chosen, config)
     foreground = foreground_of(saliency, config.prototype).numpy()

@@ -23,6 +23,15 @@ _QUALITY = 85
 
 
 @dataclass(frozen=True)
+class Belonging:
+    """What pictures belong to: the names of their classes, background first, protocol, network."""
+
+    names: Sequence[str]
+    protocol: str
+    network: str
+
+
+@dataclass(frozen=True)
 class Gallery:
     """n pictures, T pixels wide and high, T ≤ MAX_SIDE.
 

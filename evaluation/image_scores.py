@@ -59,7 +59,7 @@ def score_images(
         assignment,
         image_miou(statistics, match[assignment], int(match[0])),
         objects.argmax(1),
-        _distances(statistics, assignment, clusters),
+        centre_distances(statistics, assignment, clusters),
         _cluster_iou(matrix, match),
     )
 
@@ -81,9 +81,10 @@ def image_miou(
     return mean
 
 
-def _distances(
+def centre_distances(
     statistics: ImageStatistics, assignment: NDArray[np.int64], clusters: Clusters
 ) -> Floats:
+    """Squared distance of each image to its cluster's centre [n]; infinite without a cluster."""
     distances = np.full(len(assignment), np.inf)
     found = np.flatnonzero(assignment)
     for first in range(0, len(found), _ROWS):

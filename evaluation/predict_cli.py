@@ -17,12 +17,15 @@ from data_pipeline.sources.voc import VOC_CLASSES
 from data_pipeline.terminal import run_app
 from evaluation.commands import options as common
 from evaluation.palettes import MAX_CLASSES, Bytes, class_palette, legend, object_palette
+from evaluation.photographs.cluster_names import NAMES, read_named_head
+from evaluation.photographs.record import FOLDER as CLUSTERS
+from evaluation.photographs.record import HEAD
 from evaluation.predict import PredictConfig, Predictor
 from evaluation.predict_inputs import LEGEND, OUTPUT_KINDS, find_pictures
 from evaluation.predict_outputs import Outputs
 from evaluation.predict_run import FAILURES, Counts, predict_files
 from evaluation.prototypes import PrototypeConfig
-from evaluation.saved_head import SavedHead, read_head
+from evaluation.saved_head import SavedHead
 from trainer.distributed import (
     Ranks,
     broadcast_object,
@@ -48,8 +51,8 @@ Method description: null
 Head = Annotated[
     Optional[str],  # noqa: UP045 (typer)
     typer.Option(
-        help="File of `evaluate kmeans` or `linear`; default: the run's kmeans-trained. "
-        "none: saliency masks."
+        help="File of `cluster`, `evaluate kmeans` or `linear`; default: what the run has of the "
+        "first two. none: saliency masks."
     ),
 ]
 Write = Annotated[
@@ -175,7 +178,7 @@ def choose_head(
             )
         return own, "own classifier"
     if head is not None and head != _NO_HEAD:
-        found = read_head(Path(head))
+        found = read_named_head(Path(head))
         if found.step != encoder.step:
             _log.warning(
                 "%s was made on the network at step %d, this one is at step %d: classes may be "
@@ -184,7 +187,7 @@ def choose_head(
             )
         return found, _digest(Path(head))
     if head is None and (default := _head_of_run(network)) is not None:
-        found = read_head(default)
+        found = read_named_head(default)
         if found.step != encoder.step:
             raise InputError(
                 f"{default} was made on the network at step {found.step}, and the newest is at "
@@ -194,25 +197,33 @@ def choose_head(
         return found, _digest(default)
     if head is None and own is not None and "saliency" not in encoder.parts:
         return own, "own classifier"
+    if head is None:
+        _log.warning(
+            "%s has no classes yet: every object is of the one class `object`. To get classes "
+            "first, run `maskbank cluster %s --shards SHARDS` (no labels needed), or "
+            "`maskbank evaluate kmeans` on labelled shards",
+            *(network, network),
+        )
     return None, _NO_HEAD
 
 
 def _head_of_run(network: Path) -> Path | None:
-    """What `maskbank evaluate kmeans` wrote for a run directory, or for one of its checkpoints.
+    """What `evaluate kmeans` or `cluster` wrote for a run directory, or one of its checkpoints.
 
     Raises:
-        InputError: it did so on several data sets.
+        InputError: they did so on several data sets.
     """
     if not network.is_dir():
         return None
     run = network if (network / "config.yaml").is_file() else network.resolve().parents[1]
     name = "kmeans-trained.safetensors"
-    if (run / "evaluation" / name).is_file():
-        return run / "evaluation" / name
-    found = sorted((run / "evaluation").glob(f"*/{name}"))
+    known = [run / "evaluation" / name]
+    if not known[0].is_file():
+        known = sorted((run / "evaluation").glob(f"*/{name}"))
+    found = [path for path in (*known, run / CLUSTERS / HEAD) if path.is_file()]
     if len(found) > 1:
         raise InputError(
-            f"{run} was evaluated on several data sets; give --head one of "
+            f"{run} has classes of several data sets; give --head one of "
             f"{', '.join(map(str, found))}"
         )
     return found[0] if found else None
@@ -238,7 +249,10 @@ def _own_classifier(encoder: Encoder) -> SavedHead | None:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Of a head's file and of the names of its clusters."""
+    names = path.with_name(NAMES)
+    parts = [path.read_bytes(), names.read_bytes() if names.is_file() else b""]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _kinds(words: list[str]) -> tuple[str, ...]:

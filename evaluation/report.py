@@ -6,7 +6,7 @@ template, and values that reach an attribute of the drawing are numbers made her
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from data_pipeline.files import atomic_write
 from data_pipeline.sample import IGNORE
 from evaluation.palettes import VOID
+from evaluation.report_clusters import cluster_summary
 from evaluation.report_data import (
     MAX_EXAMPLES,
+    PHOTOGRAPHS,
     Evaluation,
-    data_set_folders,
     data_set_title,
+    picture_folders,
     read_evaluations,
     read_examples,
     read_json_object,
@@ -133,7 +135,7 @@ def legend(examples: Examples, classes: Sequence[str]) -> list[dict[str, str]]:
 def read_all_examples(folder: Path) -> dict[str, Examples]:
     """Examples by data set and network."""
     found: dict[str, Examples] = {}
-    for name, place in data_set_folders(folder):
+    for name, place in picture_folders(folder):
         paths = {path.stem.partition("-")[2]: path for path in place.glob("examples-*.npz")}
         for network in network_order(paths)[:MAX_NETWORKS]:
             arrays = read_examples(paths[network])
@@ -143,15 +145,21 @@ def read_all_examples(folder: Path) -> dict[str, Examples]:
 
 
 def picture_groups(
-    examples: dict[str, Examples], evaluations: list[Evaluation], networks: Sequence[str]
+    examples: dict[str, Examples],
+    evaluations: list[Evaluation],
+    networks: Sequence[str],
+    cluster_names: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Pictures of each data set, with the names of its classes."""
     groups = []
     for name, of in list(examples.items())[:MAX_PICTURED]:
-        classes = next((one.classes for one in evaluations if one.data_set == name), [])
+        labelled = name != PHOTOGRAPHS
+        known: Iterator[Sequence[str]] = (e.classes for e in evaluations if e.data_set == name)
+        classes = next(known, []) if labelled else cluster_names
         groups.append(
             {
                 "title": data_set_title(name),
+                "labelled": labelled,
                 "rows": example_rows(of, classes, networks),
                 "legend": legend(of, classes),
             }
@@ -166,6 +174,8 @@ def page_context(folder: Path) -> dict[str, Any]:
     entries, torn = read_metrics(folder / "metrics.jsonl")
     evaluations = read_evaluations(folder)
     examples = read_all_examples(folder)
+    clusters = cluster_summary(folder)
+    cluster_names = ["background", *(row["name"] for row in clusters["rows"])] if clusters else []
     seen = [one.network for one in evaluations] + [n for of in examples.values() for n in of]
     networks = network_order(seen)[:MAX_NETWORKS]
     evaluations = [one for one in evaluations if one.network in networks]
@@ -187,7 +197,8 @@ def page_context(folder: Path) -> dict[str, Any]:
         "networks": networks,
         "network_titles": [NETWORK_TITLES.get(name, name) for name in networks],
         "pictured": [i for i, n in enumerate(networks) if any(n in of for of in examples.values())],
-        "pictures": picture_groups(examples, evaluations, networks),
+        "pictures": picture_groups(examples, evaluations, networks, cluster_names),
+        "clusters": clusters,
         "sheets": read_sheets(folder),
         "charts": [chart(entries, curve) for curve in CURVES] if entries else [],
         "torn": torn,

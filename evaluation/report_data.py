@@ -17,10 +17,12 @@ from data_pipeline.errors import InputError
 from evaluation.datasets import DATA_SETS
 from evaluation.gallery import load_arrays
 from evaluation.palettes import MAX_CLASSES, VOID
+from evaluation.photographs.record import FOLDER as CLUSTERS
 from evaluation.report_figures import Metrics, number
 from evaluation.result import title_of
 
 MAX_EXAMPLES = 12
+PHOTOGRAPHS = "your photographs"  # in the place of a data set's name
 MAX_RESULTS = 400  # files that are read of one folder
 _SHARED = ("size", "images", "resize")  # options of all protocols; `images` says which ones
 _MAX_JSON = 64 << 20  # bytes
@@ -135,9 +137,17 @@ def data_set_folders(folder: Path) -> Iterator[tuple[str, Path]]:
         yield from ((path.name, path) for path in sorted(base.iterdir()) if path.is_dir())
 
 
+def picture_folders(folder: Path) -> Iterator[tuple[str, Path]]:
+    """As `data_set_folders`, and the clusters of unlabelled photographs, called PHOTOGRAPHS."""
+    yield from data_set_folders(folder)
+    if (folder / CLUSTERS).is_dir():
+        yield PHOTOGRAPHS, folder / CLUSTERS
+
+
 def require_results(folder: Path) -> None:
     """Raises InputError for a folder that is neither a run nor holds results."""
-    if not (folder / "config.yaml").is_file() and not (folder / "evaluation").is_dir():
+    parts = ("config.yaml", "evaluation", CLUSTERS)
+    if not any((folder / part).exists() for part in parts):
         raise InputError(
             f"{folder}: no config.yaml and no evaluation/, so not a run and no results; give the "
             "directory of a run, or the --output of an evaluation"

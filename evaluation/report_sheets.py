@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import InputError
 from evaluation.gallery import Gallery, read_gallery
-from evaluation.report_data import data_set_folders, data_set_title, require_classes
+from evaluation.report_clusters import display_names
+from evaluation.report_data import (
+    PHOTOGRAPHS,
+    data_set_title,
+    picture_folders,
+    require_classes,
+)
 from evaluation.report_figures import css_colour, jpeg_data_uri, outlined
 from evaluation.report_tables import network_order
 from evaluation.result import title_of
@@ -45,7 +52,7 @@ def read_sheets(folder: Path) -> dict[str, list[Sheet]]:
 def _read_kind(
     folder: Path, pattern: str, arrays: dict[str, tuple[str, int]], sheet: Callable[..., Sheet]
 ) -> list[Sheet]:
-    paths = [(n, path) for n, place in data_set_folders(folder) for path in place.glob(pattern)]
+    paths = [(n, path) for n, place in picture_folders(folder) for path in place.glob(pattern)]
     networks = network_order(path.stem.rpartition("-")[2] for _, path in paths)
     # the trained network's before others, K-means before over-clustering
     paths.sort(
@@ -62,7 +69,10 @@ def _checked(
     gallery = read_gallery(path, arrays)
     try:
         require_classes(gallery.segments, "segments")
+        if data_set == PHOTOGRAPHS:
+            gallery = replace(gallery, names=display_names(path.parent, gallery.names))
         said = {
+            "labelled": data_set != PHOTOGRAPHS,
             "data_set": data_set_title(data_set),
             "protocol": title_of(gallery.protocol),
             "network": gallery.network,

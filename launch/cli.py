@@ -88,6 +88,12 @@ def evaluate(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_FORWARD)
+def cluster(context: typer.Context) -> None:
+    """Group unlabelled photographs: `maskbank cluster RUN --shards SHARDS`; `--nproc N` first."""
+    sys.exit(_run_on_ranks("evaluation.commands.cluster", context.args))
+
+
+@app.command(context_settings=_FORWARD)
 def predict(context: typer.Context) -> None:
     """Class maps of images: `maskbank predict RUN IMAGES… --output FOLDER`."""
     sys.exit(_run_on_ranks("evaluation.predict_cli", context.args))

@@ -12,6 +12,7 @@ from evaluation.cluster import ClusterConfig
 from evaluation.commands import options as common
 from evaluation.contact_sheets import write_cluster_sheet
 from evaluation.examples import write_examples
+from evaluation.gallery import Belonging
 from evaluation.kmeans import Clustering, evaluate_kmeans
 from evaluation.kmeans_config import DEFAULT_PCA, KMeansConfig
 from evaluation.prototypes import PrototypeConfig
@@ -189,7 +190,8 @@ def run_kmeans(
             if result.protocol == "kmeans":
                 write_examples(*drawn, folder / f"examples-{subject.name}.npz", examples)
             path = folder / f"clusters-{result.protocol}-{subject.name}.npz"
-            write_cluster_sheet(*drawn, result, path)
+            belonging = Belonging(samples.classes, result.protocol, subject.name)
+            write_cluster_sheet(*drawn, belonging, path)
     return result
 
 

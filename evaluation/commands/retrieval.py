@@ -9,6 +9,7 @@ from data_pipeline.labelled import LabelledSet
 from evaluation.commands import options as common
 from evaluation.commands.kmeans import result_folder
 from evaluation.contact_sheets import write_neighbour_sheet
+from evaluation.gallery import Belonging
 from evaluation.prototypes import PrototypeConfig
 from evaluation.result import Result
 from evaluation.retrieval import RetrievalConfig, evaluate_retrieval
@@ -89,5 +90,6 @@ def run_retrieval(
     pictures = pictures and "@" not in results[0].protocol
     if pictures and ranks.is_main and len(neighbours.queries) > 0:
         path = result_folder(subject.folder, data_set) / f"neighbours-{subject.name}.npz"
-        write_neighbour_sheet(subject.encoder, bank, samples, config, neighbours, results[0], path)
+        belonging = Belonging(samples.classes, results[0].protocol, subject.name)
+        write_neighbour_sheet(subject.encoder, bank, samples, config, neighbours, belonging, path)
     return results

@@ -1,0 +1,1 @@
+"""Unlabelled photographs: grouped by what their objects look like, named, and shown."""
