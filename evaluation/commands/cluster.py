@@ -77,7 +77,7 @@ def cluster(
             cluster=replace(FULL_KMEANS, clusters=clusters, seeds=(seed,)),
             batch_size=batch_size,
             precision=precision,
-            resize="antialias",  # large photographs alias otherwise; no published figure asks for it
+            resize="antialias",  # no published figure asks for OpenCV's aliasing
         )
         subject = common.open_subject(network, False, output)
         config.require(subject.encoder)
