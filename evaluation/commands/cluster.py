@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import require_writable
 from data_pipeline.labelled import UnlabelledShards
 from data_pipeline.manifest import missing_shards, read_manifest, require_component
+from data_pipeline.progress import log_above_bars
 from data_pipeline.terminal import run_app
 from evaluation.commands import options as common
 from evaluation.kmeans_config import KMeansConfig
@@ -85,6 +87,7 @@ def cluster(
         if foreground == "mask":
             require_component(manifest, "mask", "--foreground mask")
         folder = subject.folder / FOLDER
+        require_writable(folder, "the folder of clusters")
         folder.mkdir(parents=True, exist_ok=True)
     ranks = common.start(device)
     if ranks.is_main and (missing := missing_shards(manifest)):
@@ -143,7 +146,7 @@ def _tell_what_is_next(subject: common.Subject, network: Path, folder: Path) -> 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log_above_bars()
     run_app(app, "maskbank cluster", arguments)
 
 

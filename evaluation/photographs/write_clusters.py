@@ -6,14 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from data_pipeline.errors import InputError
 from data_pipeline.labelled import UnlabelledShards
 from evaluation.kmeans_config import KMeansConfig
 from evaluation.photographs.cluster_names import BACKGROUND, NAMES, default_names, write_names
 from evaluation.photographs.clustering import PhotographClusters
 from evaluation.photographs.pictures import write_pictures
 from evaluation.photographs.record import HEAD, ClusterRecord
-from evaluation.saved_head import SavedHead, clusters_as_tensors
+from evaluation.saved_head import SavedHead, clusters_as_tensors, read_head
 from trainer.encoder import Encoder
 
 _log = logging.getLogger(__name__)
@@ -44,16 +46,25 @@ def write_clusters(
         resize=config.resize,
     )
     path = folder / HEAD
-    before = path.read_bytes() if path.is_file() else None
-    head.write(path)
-    if before != path.read_bytes():
+    if not _same_clusters(path, head):
         _set_names_aside(folder)
+    head.write(path)
     if not (folder / NAMES).exists():
         write_names(folder, names)
     record = _record(encoder.step, network, config, found)
     record.write(folder)
     write_pictures(encoder, samples, config, found, network, folder, examples)
     return record
+
+
+def _same_clusters(path: Path, head: SavedHead) -> bool:
+    """Whether the head in `path`, if there is one, has the same centres, but for rounding."""
+    try:
+        before = read_head(path).tensors["centres"]
+    except (InputError, KeyError):
+        return False
+    centres = head.tensors["centres"]
+    return before.shape == centres.shape and torch.allclose(before, centres, atol=1e-5)
 
 
 def _set_names_aside(folder: Path) -> None:
