@@ -10,7 +10,13 @@ from evaluation.photographs.cluster_names import BACKGROUND, read_names
 from evaluation.photographs.record import FOLDER, ClusterRecord, read_record
 from evaluation.report_figures import chart, css_colour
 
-_CURVE = ("silhouette", "Silhouette", "over the number of clusters", 1.0, "")
+_CURVE = (
+    "silhouette",
+    "Silhouette",
+    "of each number of clusters; the dot is the one taken",
+    1.0,
+    "",
+)
 _MAX_ROWS = 200
 
 
@@ -61,4 +67,8 @@ def _curve(record: ClusterRecord) -> dict[str, Any] | None:
     if len(record.curve) < 2:
         return None
     entries = [{"step": one.clusters, "silhouette": one.mean} for one in record.curve]
-    return chart(entries, _CURVE)
+    drawn = chart(entries, _CURVE)
+    for one, point in zip(record.curve, drawn.get("hits", ()), strict=False):
+        if one.clusters == record.clusters:  # marked in the place of the last one
+            drawn |= {"end": (point["x"], point["y"]), "latest": f"{one.mean:.3f}"}
+    return drawn

@@ -22,7 +22,7 @@ from evaluation.report_figures import Metrics, number
 from evaluation.result import title_of
 
 MAX_EXAMPLES = 12
-PHOTOGRAPHS = "your photographs"  # in the place of a data set's name
+PHOTOGRAPHS = "Your photographs"  # in the place of a data set's name
 MAX_RESULTS = 400  # files that are read of one folder
 _SHARED = ("size", "images", "resize")  # options of all protocols; `images` says which ones
 _MAX_JSON = 64 << 20  # bytes

@@ -89,7 +89,7 @@ def evaluate(context: typer.Context) -> None:
 
 @app.command(context_settings=_FORWARD)
 def cluster(context: typer.Context) -> None:
-    """Group unlabelled photographs: `maskbank cluster RUN --shards SHARDS`; `--nproc N` first."""
+    """Group unlabelled photographs into classes: `maskbank cluster RUN --shards SHARDS`."""
     sys.exit(_run_on_ranks("evaluation.commands.cluster", context.args))
 
 

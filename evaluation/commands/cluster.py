@@ -147,7 +147,7 @@ def _tell_what_is_next(subject: common.Subject, network: Path, folder: Path) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     log_above_bars()
-    run_app(app, "maskbank cluster", arguments)
+    run_app(app, "maskbank cluster", arguments, on_ranks=("cluster",))
 
 
 if __name__ == "__main__":
