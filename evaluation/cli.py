@@ -11,6 +11,7 @@ from data_pipeline.terminal import CHECK_ARGUMENTS, run_app
 # a command's function has its name, in a file that is loaded when it is wanted: a report needs
 # none of the seconds that torch takes
 COMMANDS = {
+    "cluster": "cluster",
     "kmeans": "kmeans",
     "linear": "linear",
     "retrieval": "retrieval",

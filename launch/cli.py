@@ -90,7 +90,7 @@ def evaluate(context: typer.Context) -> None:
 @app.command(context_settings=_FORWARD)
 def cluster(context: typer.Context) -> None:
     """Group unlabelled photographs into classes: `maskbank cluster RUN --shards SHARDS`."""
-    sys.exit(_run_on_ranks("evaluation.commands.cluster", context.args))
+    sys.exit(_run_on_ranks("evaluation.cli", ["cluster", *context.args]))
 
 
 @app.command(context_settings=_FORWARD)

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_pipeline.build_config import BuildConfig
+from data_pipeline.errors import InputError
 from data_pipeline.sources.folder import list_folder
 from data_pipeline.sources.generated import list_scenes
 from data_pipeline.write_shards import build_shards
@@ -23,7 +25,9 @@ from tests.run_state import run_state
 from tests.sample_data import folder_pair
 from trainer import load_encoder
 from trainer.checkpoint import complete_checkpoints, newest_checkpoint
+from trainer.config import load_config
 from trainer.metrics import read_metrics
+from trainer.preflight import plan_run
 
 pytestmark = pytest.mark.slow
 
@@ -228,21 +232,34 @@ def test_bad_samples_of_every_rank_are_counted_and_the_run_goes_on(
     assert "checksum" in output
 
 
-def test_masks_without_objects_train_on_nothing_and_say_so(tmp_path: Path) -> None:
-    from PIL import Image
-
+def _red_pictures(folder: Path, mask: int) -> Path:
+    """Shards of three pictures whose masks are `mask` in one half, and 0 in the other."""
     for name in ("images", "masks"):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir()
     for number in range(3):
-        Image.new("RGB", (41, 33), "red").save(tmp_path / f"images/{number}.png")
-        Image.new("L", (41, 33)).save(tmp_path / f"masks/{number}.png")
-    listing = list_folder(tmp_path / "images", tmp_path / "masks")
-    build_shards(listing, tmp_path / "shards", BuildConfig())
-    settings = ("run.steps=2", "run.log_every=1")
-    output = finish(command(tmp_path / "shards", tmp_path / "run", 2, *settings))
+        Image.new("RGB", (41, 33), (200, 0, number)).save(folder / f"images/{number}.png")
+        half = Image.new("L", (41, 33))
+        half.paste(mask, (0, 0, 20, 33))
+        half.save(folder / f"masks/{number}.png")
+    build_shards(list_folder(folder / "images", folder / "masks"), folder / "shards", BuildConfig())
+    return folder / "shards"
+
+
+def test_objects_that_are_all_too_small_train_on_nothing_and_say_so(tmp_path: Path) -> None:
+    settings = ("run.steps=2", "run.log_every=1", "loss.min_proposal_share=0.999")
+    output = finish(command(_red_pictures(tmp_path, 1), tmp_path / "run", 2, *settings))
     assert "no object in any pair of views" in output
     row = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
-    assert (row["loss"], row["prototypes"], row["bank_fill"]) == (0, 0, 0)
+    assert (row["loss_contrastive"], row["prototypes"], row["bank_fill"]) == (0, 0, 0)
+
+
+def test_masks_that_are_all_empty_are_refused(tmp_path: Path) -> None:
+    shards = _red_pictures(tmp_path, 0)
+    settings = [f"data.shards={shards}", f"run.directory={tmp_path / 'run'}"]
+    config = load_config("demo_cpu", None, settings)
+    with pytest.raises(InputError, match=r"masks of all 3 samples .* are empty"):
+        plan_run(config, 1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_learns_and_the_encoder_loads(undisturbed: Path) -> None:

@@ -16,10 +16,12 @@ from pathlib import Path
 if __name__ == "__main__":  # torch takes seconds to load: a Ctrl-C then needs no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import numpy as np
 import torch
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import require_writable
+from data_pipeline.index import DatasetIndex
 from data_pipeline.labelled import labelled_shards
 from data_pipeline.manifest import (
     Manifest,
@@ -31,6 +33,8 @@ from data_pipeline.manifest import (
 from trainer.checkpoint import complete_checkpoints
 from trainer.config import TrainConfig, add_arguments, load_config, resume_difference
 from trainer.encoder import initial_network, read_run_config
+
+_LOOKED_AT = 1000  # samples, for an object
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def plan_run(config: TrainConfig, world_size: int, rank: int = 0) -> Plan:
     cache = Path(config.data.cache) if config.data.cache else None
     manifest = read_manifest(config.data.shards, False, cache, config.data.cache_gib)
     require_component(manifest, "mask", "training")
+    _require_an_object(manifest)
     _check_batch(config, world_size)
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise InputError("run.device is cuda, but torch sees no GPU here; set it to cpu or auto")
@@ -102,6 +107,29 @@ def plan_run(config: TrainConfig, world_size: int, rank: int = 0) -> Plan:
     )
     _check_run_directory(run, config, plan)
     return plan
+
+
+def _require_an_object(manifest: Manifest) -> None:
+    """Raises InputError where no mask has an object: every loss would be 0.
+
+    Reads the records of some samples, evenly spread, up to the first with an object. Shards at an
+    address are not downloaded for that.
+    """
+    if manifest.cache is not None:
+        return
+    index = DatasetIndex(manifest)
+    numbers = np.unique(np.linspace(0, manifest.samples - 1, _LOOKED_AT).astype(np.int64))
+    for number in numbers.tolist():
+        try:
+            if index.record(*index.locate(number)).proposals:
+                return
+        except InputError:
+            return  # training replaces what cannot be read, and says so
+    raise InputError(
+        f"{manifest}: the masks of all {len(numbers):,} samples that were looked at are empty, and "
+        "training learns from objects alone; make other masks (`maskbank masks make`) and build "
+        "the shards again"
+    )
 
 
 def _online_shards(config: TrainConfig) -> Manifest | None:

@@ -176,4 +176,7 @@ def _summary(report: Any, output: Path, seconds: float) -> None:
         console.print(f"  {count:>7,}  {reason}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"each by name: {report.failures}", markup=False, highlight=False, soft_wrap=True)
     if not report.made + report.kept:
-        raise InputError("not one picture got a mask; the reasons are above")
+        raise InputError(
+            "not one picture got a mask; the reasons are above. If the pictures do have objects, "
+            "`maskbank masks make onnx` or `spectral` may find them"
+        )

@@ -15,8 +15,6 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import require_writable
 from data_pipeline.labelled import UnlabelledShards
 from data_pipeline.manifest import missing_shards, read_manifest, require_component
-from data_pipeline.progress import log_above_bars
-from data_pipeline.terminal import run_app
 from evaluation.commands import options as common
 from evaluation.kmeans_config import KMeansConfig
 from evaluation.photographs.cluster_names import NAMES, read_names
@@ -33,10 +31,7 @@ from trainer.encoder import read_run_config
 _log = logging.getLogger(__name__)
 _SIZE_OF_FILES = 224  # pixels, of a network whose training is not known
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
-
-@app.command()
 def cluster(
     network: common.Network,
     shards: Annotated[Path, typer.Option(help="Shards of the photographs, labelled or not.")],
@@ -140,15 +135,4 @@ def _tell_what_is_next(subject: common.Subject, network: Path, folder: Path) -> 
     print_line(f"report: {write_report(subject.folder)}")
     print_line(f"names: {folder / NAMES}, to be edited")
     head = "" if subject.folder == network else f" --head {shlex.quote(str(folder / HEAD))}"
-    print_line(
-        f"next: maskbank predict {shlex.quote(str(network))} PHOTOGRAPHS --output predicted{head}"
-    )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    log_above_bars()
-    run_app(app, "maskbank cluster", arguments, on_ranks=("cluster",))
-
-
-if __name__ == "__main__":
-    main()
+    print_line(f"next: maskbank predict {shlex.quote(str(network))} PHOTOS --output FOLDER{head}")
