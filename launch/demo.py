@@ -101,13 +101,13 @@ def _scenes(output: Path, count: int, seed: int) -> list[str]:
 
 
 def _kmeans(run_folder: Path, test: Path) -> list[str]:
-    arguments = ["kmeans", str(run_folder), "--shards", str(test), "--precision", "bf16"]
+    arguments = ["kmeans", str(run_folder), "--shards", str(test), "--precision", "auto"]
     return module_command("evaluation.cli", [*arguments, "--size", str(EVALUATION_SIZE)])
 
 
 def _linear(run_folder: Path, train: Path, test: Path, scale: DemoScale) -> list[str]:
     arguments = ["linear", str(run_folder), "--train-shards", str(train), "--shards", str(test)]
-    arguments += ["--size", str(EVALUATION_SIZE), "--no-augment", "--precision", "bf16"]
+    arguments += ["--size", str(EVALUATION_SIZE), "--no-augment", "--precision", "auto"]
     epochs, decay_epoch = scale.linear_epochs, max(0, scale.linear_epochs * 3 // 4 - 1)
     arguments += ["--epochs", str(epochs), "--decay-epoch", str(decay_epoch), "--select", "last"]
     return module_command("evaluation.cli", arguments)

@@ -15,6 +15,7 @@ from trainer.config import (
     resume_difference,
     save_config,
 )
+from trainer.precision import settle_precision
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,7 +106,7 @@ def test_later_layers_win(tmp_path: Path) -> None:
         (["bank.dtype=fp8"], r"bank.dtype is 'fp8'; it can be auto, float32, float16, bfloat16"),
         (["bank.move=queries"], r"bank.move is 'queries'; it can be auto, bank or pixels"),
         (["loss.pixels_per_mask=-1"], r"loss.pixels_per_mask is -1"),
-        (["run.precision=fp8"], r"run.precision is 'fp8'; it can be bf16, fp16 or float32"),
+        (["run.precision=fp8"], r"run.precision is 'fp8'; it can be auto, bf16, fp16 or float32"),
         (["engine.name=fsdp"], r"engine.name is 'fsdp'; it can be ddp or deepspeed"),
         (["engine.zero_stage=2"], r"engine.zero_stage is DeepSpeed's; set engine.name=deepspeed"),
         (["engine.name=deepspeed", "engine.zero_stage=4"], r"engine.zero_stage is 4"),
@@ -170,3 +171,21 @@ def test_every_setting_is_described() -> None:
 def _is_self_check(node: ast.Attribute) -> bool:
     """`self.x` in the class's own check is no use of the setting."""
     return isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+def test_precision_is_settled_once_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("demo_cpu", None, [f"run.directory={tmp_path}", "run.device=cpu"])
+    assert config.run.precision == "auto"
+    for units, expected in (({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "float32")):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda units=units: units, raising=False)
+        assert settle_precision(config).run.precision == expected
+    # the run goes to a machine with other units
+    save_config(settle_precision(config), tmp_path / "config.yaml")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    continued = settle_precision(config)
+    assert continued.run.precision == "float32"
+    assert resume_difference(load_config(file=tmp_path / "config.yaml"), continued) == ""
+    given = load_config("demo_cpu", None, ["run.precision=fp16"])
+    assert settle_precision(given) is given

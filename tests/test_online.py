@@ -34,6 +34,7 @@ from trainer.engine import make_engine
 from trainer.metrics import MetricsLog, read_metrics
 from trainer.model import PixelEncoder
 from trainer.online import OnlineEvaluation
+from trainer.precision import settle_precision
 from trainer.preemption import StopRequest
 from trainer.preflight import Plan, plan_run
 from trainer.state import TrainState
@@ -69,7 +70,8 @@ def online(data: Path, *settings: str) -> tuple[str, ...]:
 
 
 def settings_of(arguments: list[str]) -> TrainConfig:
-    return load_config("demo_cpu", None, arguments[arguments.index("demo_cpu") + 1 :])
+    settings = arguments[arguments.index("demo_cpu") + 1 :]
+    return settle_precision(load_config("demo_cpu", None, settings))
 
 
 def train_here(arguments: list[str], ask_to_stop: bool = False) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from data_pipeline.loader import BatchStream
 from tests.faulty_train import at_batch
 from trainer.config import load_config
 from trainer.distributed import Ranks, end_ranks, start_ranks
+from trainer.precision import settle_precision
 from trainer.preemption import StopRequest
 from trainer.preflight import plan_run
 from trainer.run_lock import alone_in
@@ -25,7 +26,7 @@ from trainer.watchdog import Watchdog
 
 
 def train_one(settings: list[str], bad_batch: int, ranks: Ranks) -> None:
-    config = load_config("demo_cpu", None, settings)
+    config = settle_precision(load_config("demo_cpu", None, settings))
     plan = plan_run(config, ranks.world_size, ranks.rank)
     if bad_batch and ranks.rank == ranks.world_size - 1:
         at_batch("nan", bad_batch)

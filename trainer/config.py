@@ -67,7 +67,8 @@ class RunConfig:
         steps: how long, in optimizer steps.
         seed: of initial weights, order, augmentation and dropout.
         device: auto, cpu or cuda.
-        precision: bf16 or fp16 (autocast; fp16 with a loss scale), or float32.
+        precision: bf16 or fp16 (autocast; fp16 with a loss scale), float32, or auto: bf16 where the
+            device multiplies it in hardware, else float32.
         threads: of torch a rank on a CPU; 0 takes the rank's share of the cores.
         log_every, checkpoint_every: steps.
         keep_checkpoints: newest ones that stay.
@@ -86,7 +87,7 @@ class RunConfig:
     steps: int = 0
     seed: int = 0
     device: str = "auto"
-    precision: str = "bf16"
+    precision: str = "auto"
     threads: int = 0
     log_every: int = 20
     checkpoint_every: int = 500
@@ -101,9 +102,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise InputError(f"run.device is {self.device!r}; it can be auto, cpu or cuda")
-        if self.precision not in PRECISIONS:
+        if self.precision not in ("auto", *PRECISIONS):
             raise InputError(
-                f"run.precision is {self.precision!r}; it can be bf16, fp16 or float32"
+                f"run.precision is {self.precision!r}; it can be auto, bf16, fp16 or float32"
             )
         if min(self.log_every, self.checkpoint_every, self.keep_checkpoints) < 1:
             raise InputError(

@@ -16,7 +16,8 @@ def say_start(config: TrainConfig, plan: Plan, ranks: Ranks) -> None:
     hint = " (run.directory=FOLDER chooses another)" if unnamed else ""
     say(
         f"training in {plan.run}{hint}: {plan.total_steps:,} steps of {config.data.batch_size:,} "
-        f"images, {ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}"
+        f"images, {ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}, "
+        f"{config.run.precision}"
     )
 
 

@@ -33,6 +33,7 @@ from data_pipeline.manifest import (
 from trainer.checkpoint import complete_checkpoints
 from trainer.config import TrainConfig, add_arguments, load_config, resume_difference
 from trainer.encoder import initial_network, read_run_config
+from trainer.precision import settle_precision
 
 _LOOKED_AT = 1000  # samples, for an object
 
@@ -213,7 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        config = load_config(options.recipe, options.config, options.settings)
+        given = load_config(options.recipe, options.config, options.settings)
+        config = settle_precision(given)
         plan = plan_run(config, options.world_size)
         if not plan.begun:
             initial_network(config)

@@ -35,6 +35,7 @@ from trainer.distributed import (
 from trainer.messages import say_end, say_start
 from trainer.objective import contrast_views
 from trainer.online import OnlineEvaluation
+from trainer.precision import settle_precision
 from trainer.preemption import StopRequest
 from trainer.preflight import Plan, plan_run
 from trainer.restarts import NoRestartHelps, end_launcher
@@ -173,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("trainer").setLevel(logging.INFO)
     try:
         with same_on_all_ranks():
-            config = load_config(options.recipe, options.config, options.settings)
+            config = settle_precision(load_config(options.recipe, options.config, options.settings))
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
             plan = plan_run(config, world_size, int(os.environ.get("RANK", "0")))
         hangs, limits = plan.run / "hangs", config.run

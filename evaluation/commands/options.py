@@ -20,6 +20,7 @@ from evaluation.result import Result
 from evaluation.rows import own_row
 from trainer.distributed import Ranks, cores_per_rank, end_ranks, start_ranks
 from trainer.encoder import Encoder, load_encoder
+from trainer.precision import AUTO, fast_precision
 
 console = Console(width=None)
 
@@ -84,7 +85,13 @@ WithoutForeground = Annotated[
         "and clustering."
     ),
 ]
-Precision = Annotated[str, typer.Option(help="float32 or bf16.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="float32, bf16, or auto: bf16 where the hardware has it.",
+        callback=lambda given: fast_precision("auto") if given == AUTO else given,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Html = Annotated[bool, typer.Option("--html", help="Write the report, report.html, as well.")]
 
