@@ -5,7 +5,7 @@
 Every stage, with and without offloading, and 1 to 4 micro-batches a step, on real gloo ranks: five
 steps in one go; the same from its own checkpoint of step 2 in a new process. With 1 and 3
 micro-batches also DDP's checkpoint continued by DeepSpeed, and DeepSpeed's by DDP; and five steps
-of which the second has a loss that is no number in the middle of its micro-batches, with clipped
+of which the second has a loss that is not finite in the middle of its micro-batches, with clipped
 gradients. Each is compared with DDP's five steps: losses, the gradient's norm, weights of both
 networks, SGD's momentum, the bank. Float32, batch norm frozen and no dropout: what is left is the
 order of sums. Status 1 if a run failed or differs by more than 1e-4.

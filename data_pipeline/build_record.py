@@ -112,7 +112,7 @@ class BuildRecord:
         return generation
 
     def _choose(self) -> list[int]:
-        """The number of the generation that this run writes, or goes on with; or all to retry."""
+        """The number of the generation that this run writes or continues; or all to retry."""
         append, count = self._options.append, len(self.generations)
         if not count:
             if append or self._options.retry_failed:

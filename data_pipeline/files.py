@@ -70,7 +70,7 @@ def require_writable_file(path: Path, option: str = "--output") -> None:
     """The same for a file, which may exist already: InputError unless it can be written."""
     if path.is_dir():
         raise InputError(f"{option} {path} is a folder; give the path of a file")
-    # writing replaces what is there, which would turn /dev/null into a file
+    # writing replaces the file, which would turn /dev/null into a file
     if path.exists() and not path.is_file():
         raise InputError(f"{option} {path} is a device or a pipe; give the path of a file")
     _require_writable(path.parent, f"{option} {path}")

@@ -167,11 +167,13 @@ def read_picture(path: str, lenient: bool = False) -> NDArray[np.uint8]:
         lenient: takes JPEGs that a decoder only warns about.
 
     Raises:
-        SampleError: it is no image, is damaged, or is larger than `MAX_PIXELS`.
+        SampleError: it is not an image, is damaged, or is larger than `MAX_PIXELS`.
         OSError: it cannot be read.
     """
     if not os.path.isfile(path):  # a pipe would never end
-        raise SampleError("read", "is no file" if os.path.exists(path) else "there is no such file")
+        raise SampleError(
+            "read", "is not a file" if os.path.exists(path) else "there is no such file"
+        )
     with open(path, "rb") as file:
         data = file.read()
     image, orientation = open_checked(data, "image", lenient=lenient)

@@ -1,7 +1,7 @@
 """Progress on a terminal as one line that fits its width, and lines printed above it.
 
-Where the error stream is no terminal, as in a job's log, nothing is drawn; those who make progress
-print a line now and then instead.
+Where the error stream is not a terminal, as in a job's log, nothing is drawn; whatever makes
+progress prints a line now and then instead.
 """
 
 import logging
@@ -29,7 +29,7 @@ class FittedProgress(Progress):
     better known than by the speed so far.
 
     Args:
-        console: where it is drawn; nothing is where that is no terminal.
+        console: where it is drawn; nothing is drawn if that is not a terminal.
         transient: whether the line vanishes at the end.
     """
 

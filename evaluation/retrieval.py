@@ -3,7 +3,7 @@
 The bank has one vector for each image of `train`, labelled with the most frequent class inside its
 predicted mask, background and ignored pixels apart. A val image's mask takes the class of the
 vector with the largest cosine. Of seven classes the pixels of all others are ignored first, in the
-bank as in what is scored: a mask of a horse and a smaller person is one of a person.
+bank and in the scoring: a mask of a horse and a smaller person is one of a person.
 """
 
 import time

@@ -67,7 +67,7 @@ def _differences(mine: dict[str, Any], plain: str, protocol: str, place: Path) -
         try:
             there = read_json(path, "result")
         except InputError:
-            continue  # a damaged file is no row; it is written again
+            continue  # a damaged file does not count as a row; it is written again
         options = there.get("options")
         if there.get("protocol") == protocol and isinstance(options, dict):
             theirs = _options(plain, options)

@@ -29,7 +29,7 @@ def split_nproc(arguments: Sequence[str]) -> tuple[int, list[str]]:
     What follows `--` is left as it is.
 
     Raises:
-        ValueError: N is no number from 1 on.
+        ValueError: N is not a number of at least 1.
     """
     num_processes, others = 1, list[str]()
     words = iter(arguments)

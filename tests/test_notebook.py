@@ -91,8 +91,8 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
         (np.zeros((3, 4, 4), np.uint8), r"picture 0 is uint8 \[3, 4, 4\] \(is a tensor"),
         (np.zeros((0, 4, 3), np.uint8), r"picture 0 is uint8 \[0, 4, 3\]"),
         (torch.zeros(3, 4, 4), "picture 0 is float32"),
-        ([], "there is no picture"),
-        (7, "int is no picture"),
+        ([], "no pictures were given"),
+        (7, "int is not a picture"),
         ([None], "picture 0 is NoneType; expected a path, a PIL image"),
     )
     for pictures, message in wrong:

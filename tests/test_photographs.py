@@ -247,8 +247,8 @@ def test_clusters_that_are_not_named_keep_their_number(tmp_path: Path) -> None:
     [
         ("birds\n", "line 1: expected a line like `03 = birds`"),
         ("01 = a\n02 =\n", "line 2: expected a line like `03 = birds`"),
-        ("04 = a\n", "line 1: there is no cluster 4, of 3"),
-        ("0 = a\n", "line 1: there is no cluster 0, of 3"),
+        ("04 = a\n", "line 1: no cluster 4 among 3"),
+        ("0 = a\n", "line 1: no cluster 0 among 3"),
         (f"1 = {'a' * 101}\n", "line 1: a name has up to 100 printable characters"),
         ("1 = a\x1bb\n", "line 1: a name has up to 100 printable characters"),
         ("#" * (1 << 20) + "\n", "is larger than any list of names"),

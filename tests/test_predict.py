@@ -155,7 +155,7 @@ def test_centres_that_were_scored_are_predicted_as_a_whole(scenes: ShardSet) -> 
 
 
 def scenes_image(scenes: ShardSet, number: int) -> NDArray[np.uint8]:
-    """One that is no square."""
+    """One that is not square."""
     image = WholeImages(scenes, SIZE, 1).read(number).image
     return image[: image.shape[0] - 8] if image.shape[0] == image.shape[1] else image
 

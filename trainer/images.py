@@ -27,7 +27,7 @@ def prepare_images(pictures: Pictures, size: int, resize: Resize = "opencv") -> 
     """float32 [B, 3, size, size], resized and normalised as in evaluation; see `Encoder.images`.
 
     Raises:
-        InputError: something that is no picture, naming which; or none at all.
+        InputError: something that is not a picture, naming it; or no pictures at all.
     """
     require_resize(resize)
     if resize == "crop":
@@ -36,7 +36,7 @@ def prepare_images(pictures: Pictures, size: int, resize: Resize = "opencv") -> 
         raise InputError(f"size is {size}; it must be at least 1 pixel")
     several = _several(pictures)
     if not several:
-        raise InputError(f"there is no picture; {_ACCEPTED}")
+        raise InputError(f"no pictures were given; {_ACCEPTED}")
     squares = [
         resize_image(_pixels(one, f"picture {number}"), size, resize)
         for number, one in enumerate(several)
@@ -67,7 +67,7 @@ def _several(pictures: Pictures) -> list[Picture]:
         return [pictures]
     if isinstance(pictures, Sequence):
         return list(pictures)
-    raise InputError(f"{type(pictures).__name__} is no picture; {_ACCEPTED}")
+    raise InputError(f"{type(pictures).__name__} is not a picture; {_ACCEPTED}")
 
 
 def _pixels(picture: Picture, name: str) -> NDArray[np.uint8]:

@@ -57,7 +57,7 @@ def cluster(
     precision: common.Precision = "float32",
     device: common.Device = "auto",
 ) -> None:
-    """Group unlabelled photographs by what is on them; the groups are `maskbank predict`'s classes.
+    """Group unlabelled photographs by their objects; the groups are `maskbank predict`'s classes.
 
     Writes clusters/ below the run, and the report with pictures of each cluster. Name the clusters
     in clusters/names.txt.

@@ -46,7 +46,7 @@ def read_names(folder: Path, clusters: int) -> tuple[str, ...]:
     """The name of each cluster; its number where the file does not name it, or is missing.
 
     Raises:
-        InputError: a line is no name of a cluster that there is.
+        InputError: a line does not name one of these clusters.
     """
     path = folder / NAMES
     names = list(default_names(clusters))
@@ -58,7 +58,7 @@ def read_names(folder: Path, clusters: int) -> tuple[str, ...]:
         if match is None or not match[2]:
             raise InputError(f"{path}, line {place}: expected a line like `03 = birds`")
         if not 1 <= number <= clusters:
-            raise InputError(f"{path}, line {place}: there is no cluster {number}, of {clusters}")
+            raise InputError(f"{path}, line {place}: no cluster {number} among {clusters}")
         if len(match[2]) > _LONGEST or not match[2].isprintable():
             raise InputError(
                 f"{path}, line {place}: a name has up to {_LONGEST} printable characters"
