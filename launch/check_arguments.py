@@ -20,7 +20,7 @@ def problem_of(job: Job) -> str:
     """What the job's own command would say of its arguments, or ''.
 
     Options, settings, their types and ranges; files and folders may be on the cluster alone. Where
-    the command cannot run here, as without torch, nothing is known and nothing is said.
+    the command cannot run here, as without torch, the answer is ''.
     """
     module, *options = _READERS[job.kind]
     width = str(shutil.get_terminal_size().columns)

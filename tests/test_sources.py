@@ -347,7 +347,7 @@ def test_only_trainaug_takes_the_augmented_labels(
     # the augmented ones are of trainaug alone, as some copies have them
     (root / "SegmentationClassAug" / "b.png").unlink()
     assert found("val") == {3}
-    # where a folder is not there at all, the other is better than nothing, and it is said
+    # where a folder is missing, the other is better than nothing, and a warning tells
     (root / "SegmentationClass").rename(root / "away")
     assert found("train") == {7}
     assert "has no SegmentationClass, where the published labels of train are" in caplog.text
